@@ -1,0 +1,1 @@
+//! StreamingQuery: recover, plan, run a batch.

@@ -1,0 +1,26 @@
+//! Where tables are written.
+
+pub mod iceberg;
+
+use crate::error::Kind;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{message}")]
+    Transient { message: String },
+    /// The commit may have happened: reload and look.
+    #[error("{message}")]
+    Indeterminate { message: String },
+    #[error("{message}")]
+    Fatal { message: String },
+}
+
+impl Error {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Error::Transient { .. } => Kind::Transient,
+            Error::Indeterminate { .. } => Kind::Indeterminate,
+            Error::Fatal { .. } => Kind::Fatal,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Every metric, the logs, the HTTP server.

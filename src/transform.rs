@@ -1,0 +1,1 @@
+//! SQL filter and derived columns, by DataFusion's expressions.
