@@ -10,15 +10,14 @@ pub enum Error {
     /// A write may have happened and looking did not work either.
     #[error("checkpoint {url}: {file}: it is unknown whether it was written, recovery will look again: {problem}")]
     Indeterminate { url: String, file: String, problem: String },
-    /// Another plan of this number was logged first. Recover; the owner check decides who goes on.
+    /// Another plan of this number was logged first: by another process, or by an earlier put of ours that was slow to
+    /// arrive. Recover; the owner check decides who goes on.
     #[error(
-        "checkpoint {url}: {file}: another process logged a different plan first (epoch {epoch}); recovering from it"
+        "checkpoint {url}: {file}: a different plan of this batch was logged first, by epoch {epoch}; recovering from it"
     )]
     Superseded { url: String, file: String, epoch: u64 },
     /// Somebody else finished this very plan. Recover; the owner check decides who goes on.
-    #[error(
-        "checkpoint {url}: {file}: another process (epoch {epoch}) has already finished this batch; recovering from it"
-    )]
+    #[error("checkpoint {url}: {file}: this batch was finished already, by epoch {epoch}; recovering from it")]
     AlreadyCommitted { url: String, file: String, epoch: u64 },
     #[error(
         "checkpoint {url}: another process owns this query now: epoch {epoch} (ours is {ours}), process {pid} on host {host}, \

@@ -89,6 +89,10 @@ pub(super) async fn read(files: &Files, file: &StateFile) -> Result<Bytes, Error
 ///
 /// State of batches after `newest` stays: another process may be writing it. State of the commit before stays as well, so
 /// that a copy of the checkpoint that is being made while a batch commits is complete.
+///
+/// A process that has a successor deletes nothing: it may have slept so long that its `commits/<newest>` was purged and it has
+/// just logged another, so that files which it takes for leftovers are its successor's state. Without one, whoever claims
+/// the next epoch will find the commit of this process, and every file that it names is kept.
 pub(super) async fn purge(
     files: &Files,
     epoch: u64,
@@ -96,6 +100,10 @@ pub(super) async fn purge(
     retain: u64,
     live: &[StateFile],
 ) -> Result<u64, Error> {
+    let owners = files.numbers("owners").await?;
+    if owners.last().is_some_and(|owner| *owner > epoch) {
+        return Ok(0);
+    }
     let mut needed: BTreeSet<String> = live.iter().map(|file| file.name.clone()).collect();
     if let Some(before) = newest.checked_sub(1) {
         let entry: Option<(CommitEntry, _)> = files.read_json(&numbered("commits", before)).await?;
@@ -113,8 +121,7 @@ pub(super) async fn purge(
         let old = files.numbers(folder).await?.into_iter().filter(|batch| *batch < keep_from);
         doomed.extend(old.map(|batch| numbered(folder, batch)));
     }
-    let former = files.numbers("owners").await?.into_iter().filter(|owner| *owner < epoch);
-    doomed.extend(former.map(|owner| numbered("owners", owner)));
+    doomed.extend(owners.into_iter().filter(|owner| *owner < epoch).map(|owner| numbered("owners", owner)));
     for file in &doomed {
         files.delete(file).await?;
     }

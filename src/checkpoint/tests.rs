@@ -129,6 +129,7 @@ async fn conformance(location: Location) {
     // Purge.
     let live = run_batches(&successor, 1, 9).await;
     let being_written = successor.put_state(9, Uuid::new_v4(), StateKind::Delta, vec![9], None).await.unwrap();
+    assert_eq!(checkpoint.purge(8, 3, &[]).await.unwrap(), 0, "a process that has a successor deletes nothing");
     let size = successor.size_bytes().await.unwrap();
     // State 0 to 6 but for what commits 7 and 8 name, logs 0 to 5 twice, one former owner.
     assert_eq!(successor.purge(8, 3, &live).await.unwrap(), 6 + 2 * 6 + 1);
