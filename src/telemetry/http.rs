@@ -22,9 +22,17 @@ const HTML: &str = "text/html; charset=utf-8";
 /// How long open connections may linger once the query has ended.
 const DRAIN: Duration = Duration::from_secs(1);
 
-/// Serves until `shutdown` is true. Fails at once when the address cannot be listened on.
+/// Starts to serve, in a task of its own, and returns. Fails when the address cannot be listened on. `shutdown` turns
+/// `/readyz` red; the server goes on while the batch in hand is finished, until the sender of `shutdown` is dropped.
 pub async fn serve(listen: SocketAddr, telemetry: Telemetry, shutdown: watch::Receiver<bool>) -> io::Result<()> {
-    serve_on(bind(listen).await?, telemetry, shutdown).await
+    let listener = bind(listen).await?;
+    tracing::info!(address = %listen, "serving /metrics, /healthz, /readyz, /status and a status page");
+    tokio::spawn(async move {
+        if let Err(e) = serve_on(listener, telemetry, shutdown).await {
+            tracing::error!(error = %e, "the http server stopped; the query goes on without it");
+        }
+    });
+    Ok(())
 }
 
 /// Listens without answering yet: for callers that want to know early whether the port is free, or which one it became.
@@ -45,17 +53,24 @@ pub async fn serve_on(listener: TcpListener, telemetry: Telemetry, shutdown: wat
         .route("/healthz", get(async || answer(StatusCode::OK, JSON, "{\"alive\": true}\n".to_string())))
         .route("/readyz", get(async |Shared(t): Shared<Telemetry>| readyz(&t)))
         .route("/status", get(async |Shared(t): Shared<Telemetry>| answer(StatusCode::OK, JSON, t.render_status())))
-        .with_state(telemetry);
+        .with_state(telemetry.clone());
     let server = axum::serve(listener, app).with_graceful_shutdown(ended(shutdown.clone()));
+    let cut_off = async {
+        if shutdown.clone().wait_for(|stop| *stop).await.is_ok() {
+            telemetry.stopping();
+        }
+        ended(shutdown).await;
+        tokio::time::sleep(DRAIN).await;
+    };
     tokio::select! {
         result = server.into_future() => result,
-        () = async { ended(shutdown).await; tokio::time::sleep(DRAIN).await } => Ok(()),
+        () = cut_off => Ok(()),
     }
 }
 
+/// Returns once the sender is gone, and the query with it.
 async fn ended(mut shutdown: watch::Receiver<bool>) {
-    // An error means that the sender is gone, and with it the query.
-    let _ = shutdown.wait_for(|end| *end).await;
+    while shutdown.changed().await.is_ok() {}
 }
 
 fn readyz(telemetry: &Telemetry) -> Response {
@@ -229,7 +244,8 @@ mod tests {
 
     #[tokio::test]
     async fn every_endpoint_answers() {
-        let telemetry = Telemetry::new("<b>pipe</b>", "query-1", "exactly once; 3 tables appear together (sqlite)");
+        let telemetry = Telemetry::new("<b>pipe</b>", "exactly once; 3 tables appear together (sqlite)");
+        telemetry.query_id(uuid::Uuid::nil());
         telemetry.tables(&["http.never".to_string()], &["http.minutes_never".to_string()]);
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -265,6 +281,7 @@ mod tests {
             "floe_last_commit_age_seconds ",
             "floe_batch_stage_duration_seconds_bucket{stage=\"add_batch\",le=\"1\"} ",
             "floe_build_info{version=",
+            "floe_query_info{name=\"<b>pipe</b>\",query_id=\"00000000-",
         ] {
             assert!(metrics.contains(line), "{line} is not in\n{metrics}");
         }
@@ -284,6 +301,11 @@ mod tests {
         assert!(html.contains("&lt;b&gt;pipe") && !html.contains("<b>pipe"), "{html}");
         assert!(html.contains("catalog &lt;locked&gt;") && html.contains("http.events"));
 
+        stop.send(true).unwrap();
+        while telemetry.not_ready().is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert!(fetch(address, "/readyz").await.1.contains("stopping"), "it answers while the query finishes");
         telemetry.fatal("another owner");
         let (status, body) = fetch(address, "/readyz").await;
         assert_eq!(status, 503);
@@ -291,7 +313,7 @@ mod tests {
         assert_eq!(fetch(address, "/healthz").await.0, 200);
         assert_eq!(fetch(address, "/nothing").await.0, 404);
 
-        stop.send(true).unwrap();
+        drop(stop);
         tokio::time::timeout(Duration::from_secs(5), server).await.unwrap().unwrap().unwrap();
     }
 
@@ -299,7 +321,7 @@ mod tests {
     async fn a_taken_port_is_an_error() {
         let first = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let (_stop, stopped) = watch::channel(false);
-        let error = serve(first.local_addr().unwrap(), Telemetry::new("t", "q", "g"), stopped).await.unwrap_err();
+        let error = serve(first.local_addr().unwrap(), Telemetry::new("t", "g"), stopped).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         assert!(error.to_string().contains("[http] listen"), "{error}");
     }

@@ -111,10 +111,8 @@ pub(super) fn install() -> PrometheusHandle {
 }
 
 /// Everything whose labels are known beforehand starts at 0: a rate needs a value to start from.
-pub(super) fn register(name: &str, query_id: &str, guarantee: &str) {
+pub(super) fn register() {
     gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    let labels = [("name", name.to_string()), ("query_id", query_id.to_string()), ("guarantee", guarantee.to_string())];
-    gauge!(QUERY_INFO, &labels).set(1.0);
     for total in [BATCHES, OFFSETS, RECORDS, MISSING_OFFSETS, FILTERED, RETRIES] {
         counter!(total).increment(0);
     }
@@ -124,6 +122,11 @@ pub(super) fn register(name: &str, query_id: &str, guarantee: &str) {
     for kind in KINDS {
         counter!(ERRORS, "kind" => super::kind_name(kind)).increment(0);
     }
+}
+
+pub(super) fn record_query(name: &str, query_id: &str, guarantee: &str) {
+    let labels = [("name", name.to_string()), ("query_id", query_id.to_string()), ("guarantee", guarantee.to_string())];
+    gauge!(QUERY_INFO, &labels).set(1.0);
 }
 
 pub(super) fn register_tables(tables: &[String], windows: &[String]) {

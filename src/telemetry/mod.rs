@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
+use uuid::Uuid;
 
 pub use self::http::serve;
 pub use self::logs::{init_logs, init_logs_at};
@@ -38,7 +39,6 @@ pub struct Telemetry(Arc<Shared>);
 
 struct Shared {
     name: String,
-    query_id: String,
     guarantee: String,
     clock: ClockMs,
     prometheus: PrometheusHandle,
@@ -46,6 +46,8 @@ struct Shared {
 }
 
 struct Health {
+    /// Empty until the checkpoint has told it.
+    query_id: String,
     state: State,
     since_ms: i64,
     /// Whether the query has been running since the process started.
@@ -56,6 +58,8 @@ struct Health {
     last_commit_ms: Option<i64>,
     watermark_ms: Option<i64>,
     lag: BTreeMap<TopicPartition, u64>,
+    /// How many batches this process has committed; `batches` holds the last of them.
+    committed: u64,
     batches: VecDeque<BatchProgress>,
 }
 
@@ -106,32 +110,34 @@ struct Status<'a> {
 
 impl Telemetry {
     /// Installs the process's metrics recorder the first time; later calls share it.
-    pub fn new(name: impl Into<String>, query_id: impl Into<String>, guarantee: impl Into<String>) -> Self {
-        Telemetry::with_clock(name, query_id, guarantee, clock::system())
+    pub fn new(name: impl Into<String>, guarantee: impl Into<String>) -> Self {
+        Telemetry::with_clock(name, guarantee, clock::system())
     }
 
-    pub fn with_clock(
-        name: impl Into<String>,
-        query_id: impl Into<String>,
-        guarantee: impl Into<String>,
-        clock: ClockMs,
-    ) -> Self {
-        let (name, query_id, guarantee) = (name.into(), query_id.into(), guarantee.into());
+    pub fn with_clock(name: impl Into<String>, guarantee: impl Into<String>, clock: ClockMs) -> Self {
         let prometheus = metrics::install();
-        metrics::register(&name, &query_id, &guarantee);
-        let since_ms = clock();
+        metrics::register();
         let health = Health {
+            query_id: String::new(),
             state: State::Starting,
-            since_ms,
+            since_ms: clock(),
             has_run: false,
             held: None,
             last_error: None,
             last_commit_ms: None,
             watermark_ms: None,
             lag: BTreeMap::new(),
+            committed: 0,
             batches: VecDeque::with_capacity(KEPT_BATCHES),
         };
-        Telemetry(Arc::new(Shared { name, query_id, guarantee, clock, prometheus, health: Mutex::new(health) }))
+        let (name, guarantee) = (name.into(), guarantee.into());
+        Telemetry(Arc::new(Shared { name, guarantee, clock, prometheus, health: Mutex::new(health) }))
+    }
+
+    /// The id that the checkpoint gave the query for ever.
+    pub fn query_id(&self, query_id: Uuid) {
+        metrics::record_query(&self.0.name, &query_id.to_string(), &self.0.guarantee);
+        self.health().query_id = query_id.to_string();
     }
 
     /// Names the tables before the first batch, so that their counters start at 0 and rates see the first rows.
@@ -161,12 +167,16 @@ impl Telemetry {
             health.batches.pop_front();
         }
         health.batches.push_back(progress);
-        if health.state != State::Stopping {
-            health.enter(State::Running, now);
-        }
+        health.committed += 1;
+        health.enter(State::Running, now);
         drop(health);
         // Histograms keep every sample until they are drained; without this an unscraped process would grow.
         self.0.prometheus.run_upkeep();
+    }
+
+    /// How many batches this process has committed.
+    pub fn batches(&self) -> u64 {
+        self.health().committed
     }
 
     /// Recovered, or recovered again, and about to plan.
@@ -254,7 +264,7 @@ impl Telemetry {
         let not_ready_because = health.not_ready(now);
         let status = Status {
             name: &self.0.name,
-            id: &self.0.query_id,
+            id: &health.query_id,
             version: env!("CARGO_PKG_VERSION"),
             guarantee: &self.0.guarantee,
             state: health.state,
@@ -282,8 +292,14 @@ impl Telemetry {
 }
 
 impl Health {
+    /// Nothing follows a failure, and only a failure follows a shutdown.
     fn enter(&mut self, state: State, now: i64) {
-        if self.state != state {
+        let settled = match self.state {
+            State::Failed => true,
+            State::Stopping => state != State::Failed,
+            State::Starting | State::Running | State::Retrying => false,
+        };
+        if !settled && self.state != state {
             self.state = state;
             self.since_ms = now;
         }
@@ -325,7 +341,7 @@ mod tests {
     fn with_time() -> (Telemetry, Arc<AtomicI64>) {
         let time = Arc::new(AtomicI64::new(1_700_000_000_000));
         let clock = time.clone();
-        (Telemetry::with_clock("t", "id", "exactly once", Arc::new(move || clock.load(Ordering::SeqCst))), time)
+        (Telemetry::with_clock("t", "exactly once", Arc::new(move || clock.load(Ordering::SeqCst))), time)
     }
 
     #[test]
@@ -369,6 +385,7 @@ mod tests {
         let ids: Vec<u64> =
             status["batches"].as_array().unwrap().iter().map(|b| b["batchId"].as_u64().unwrap()).collect();
         assert_eq!(ids, (5..25).collect::<Vec<_>>());
+        assert_eq!(t.batches(), 25);
         assert_eq!(status["state"], "running");
         assert_eq!(status["lastCommit"], "2023-11-14T22:13:20Z");
     }
