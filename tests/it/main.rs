@@ -34,5 +34,7 @@ mod random_kills;
 mod s3;
 /// SIGTERM commits the batch in hand; a second one does not wait.
 mod shutdown;
+/// The source reads exactly the planned ranges, whatever brokers, transactions and retention do.
+mod source;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;

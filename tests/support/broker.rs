@@ -404,6 +404,9 @@ fn properties(port: u16, controller_port: u16, data: &Path) -> Vec<(String, Stri
         ("share.coordinator.state.topic.replication.factor", "1"),
         ("share.coordinator.state.topic.min.isr", "1"),
         ("group.initial.rebalance.delay.ms", "0"),
+        // A killed broker may register again only when its old session is over.
+        ("broker.heartbeat.interval.ms", "500"),
+        ("broker.session.timeout.ms", "3000"),
         ("log.retention.check.interval.ms", "300"),
         ("log.initial.task.delay.ms", "300"),
         ("log.segment.delete.delay.ms", "100"),
