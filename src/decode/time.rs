@@ -144,7 +144,9 @@ mod tests {
         for text in ["1998-12-31T23:59:60Z", "1998-12-31T15:59:60.123-08:00", "1999-01-01T00:59:60+01:00"] {
             assert_eq!(date_time(text.as_bytes()), last, "{text}");
         }
-        for text in ["1998-12-31T23:58:60Z", "1998-12-31T22:59:60Z", "1998-12-31T23:59:60-08:00", "1998-12-31T23:59:61Z"] {
+        for text in
+            ["1998-12-31T23:58:60Z", "1998-12-31T22:59:60Z", "1998-12-31T23:59:60-08:00", "1998-12-31T23:59:61Z"]
+        {
             assert_eq!(date_time(text.as_bytes()), None, "{text}");
         }
     }
@@ -194,9 +196,14 @@ mod tests {
     #[test]
     fn uuids() {
         assert!(is_uuid(b"2EB8AA08-aa98-11ea-b4aa-73b441d16380"));
-        for text in ["", "2eb8aa08-aa98-11ea-b4aa-73b441d1638", "2eb8aa08aa9811eab4aa73b441d16380", "{eb8aa08-aa98-11ea-b4aa-73b441d1638}",
-            "2eb8aa08-aa98-11ea-b4ga-73b441d16380", "2eb8-aa08-aa98-11ea-b4aa73b44-1d16380"]
-        {
+        for text in [
+            "",
+            "2eb8aa08-aa98-11ea-b4aa-73b441d1638",
+            "2eb8aa08aa9811eab4aa73b441d16380",
+            "{eb8aa08-aa98-11ea-b4aa-73b441d1638}",
+            "2eb8aa08-aa98-11ea-b4ga-73b441d16380",
+            "2eb8-aa08-aa98-11ea-b4aa73b44-1d16380",
+        ] {
             assert!(!is_uuid(text.as_bytes()), "{text}");
         }
     }

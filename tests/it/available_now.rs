@@ -1,7 +1,9 @@
 use rdkafka::producer::{BaseRecord, Producer};
 
 use crate::support::broker::Broker;
-use crate::support::check::{DELAY_MS, each_offset_once, everything, fill, produced, records, rows_are_true, windows_are};
+use crate::support::check::{
+    DELAY_MS, each_offset_once, everything, fill, produced, records, rows_are_true, windows_are,
+};
 use crate::support::floe::Pipeline;
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;

@@ -7,7 +7,9 @@ use floe::checkpoint::Checkpoint;
 use floe::storage::Location;
 
 use crate::support::broker::Broker;
-use crate::support::check::{DEAD_LETTERS, ROWS, WINDOWS, each_offset_once, everything, fill, offsets_in_tables, produced};
+use crate::support::check::{
+    DEAD_LETTERS, ROWS, WINDOWS, each_offset_once, everything, fill, offsets_in_tables, produced,
+};
 use crate::support::floe::{Ended, Pipeline};
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;
@@ -69,7 +71,8 @@ fn every_older_copy_is_refused() {
     let copies = pipeline.dir().join("copies");
     let mut batches = Vec::new();
     // Between two batches, and in the middle of one.
-    for step in ["commit_log.after_put:kill", "plan.after_put:kill", "commit_log.after_put:kill", "commit_log.after_put:kill"]
+    for step in
+        ["commit_log.after_put:kill", "plan.after_put:kill", "commit_log.after_put:kill", "commit_log.after_put:kill"]
     {
         pipeline.run_failing(step).expect_killed();
         let batch = newest(&checkpoint, "offsets").1;

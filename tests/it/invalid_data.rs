@@ -78,8 +78,14 @@ fn refused() -> Vec<(Option<Vec<u8>>, &'static str, &'static str)> {
         (text(&format!(r#"{{"device_id":"{}"}}"#, "x".repeat(1_000_000))), "missing_field", "$.event_timestamp"),
     ];
     for value in [
-        "\"\"", "\"yesterday\"", "\"2026-01-01\"", "\"2026-01-01T00:00:00\"", "\"2026-13-01T00:00:00Z\"",
-        "\"2026-02-30T00:00:00Z\"", "\"2026-01-01T25:00:00Z\"", "\"2026-01-01T00:00:00Zx\"",
+        "\"\"",
+        "\"yesterday\"",
+        "\"2026-01-01\"",
+        "\"2026-01-01T00:00:00\"",
+        "\"2026-13-01T00:00:00Z\"",
+        "\"2026-02-30T00:00:00Z\"",
+        "\"2026-01-01T25:00:00Z\"",
+        "\"2026-01-01T00:00:00Zx\"",
     ] {
         cases.push((time(value), "bad_format", "$.event_timestamp"));
     }
@@ -150,14 +156,19 @@ fn every_kind_becomes_a_dead_letter_with_its_reason() {
     for (offset, reason, path, message, payload, key, timestamp, batch) in dead {
         let index = *expected.get(&offset).unwrap_or_else(|| {
             let value = &records[offset as usize].value.as_deref().unwrap_or_default();
-            panic!("refused although valid, {reason}: {message}: {}", String::from_utf8_lossy(&value[..value.len().min(200)]))
+            panic!(
+                "refused although valid, {reason}: {message}: {}",
+                String::from_utf8_lossy(&value[..value.len().min(200)])
+            )
         });
         let (value, expected_reason, expected_path) = &refused[index];
         // Where in a broken document the path points is a matter of taste; in a document that can be read it is not.
         let same_path = path == *expected_path || (*expected_path == "$" && path.starts_with('$'));
         if reason != *expected_reason || !same_path || message.is_empty() {
             let shown = value.as_ref().map(|v| String::from_utf8_lossy(&v[..v.len().min(120)]).into_owned());
-            wrong.push(format!("{reason} at {path} ({message}), expected {expected_reason} at {expected_path}: {shown:?}"));
+            wrong.push(format!(
+                "{reason} at {path} ({message}), expected {expected_reason} at {expected_path}: {shown:?}"
+            ));
         }
         assert_eq!(key, format!("key {index}"));
         assert_eq!(timestamp, 1_767_225_600_000 + index as i64);
@@ -173,7 +184,8 @@ fn every_kind_becomes_a_dead_letter_with_its_reason() {
     for (offset, length) in lengths {
         assert_eq!(length as usize, records[offset as usize].value.as_ref().map_or(0, Vec::len), "offset {offset}");
     }
-    let headers: String = tables.value("select to_json(headers)::varchar from {telemetry.dead_letters} order by \"offset\" limit 1");
+    let headers: String =
+        tables.value("select to_json(headers)::varchar from {telemetry.dead_letters} order by \"offset\" limit 1");
     assert!(headers.contains("trace") && headers.contains("empty"), "{headers}");
 }
 

@@ -36,7 +36,9 @@ fn finish(mut pipeline: Pipeline, floe: Floe) {
 /// of one family together, histograms complete.
 fn parse_metrics(text: &str) -> BTreeMap<String, (String, Vec<(BTreeMap<String, String>, f64)>)> {
     let name_ok = |name: &str| {
-        name.chars().enumerate().all(|(i, c)| c.is_ascii_alphabetic() || "_:".contains(c) || (i > 0 && c.is_ascii_digit()))
+        name.chars()
+            .enumerate()
+            .all(|(i, c)| c.is_ascii_alphabetic() || "_:".contains(c) || (i > 0 && c.is_ascii_digit()))
             && !name.is_empty()
     };
     let mut types: BTreeMap<String, String> = BTreeMap::new();
@@ -118,18 +120,23 @@ fn metrics_health_and_status() {
     let mut floe = pipeline.spawn();
     until_in_tables(&mut floe, &pipeline.tables(), 1_000);
     floe.until_ready();
-    floe.until("the last batch is on the metrics page", |floe| (floe.metric("floe_source_lag_records")? == 0.0).then_some(()));
+    floe.until("the last batch is on the metrics page", |floe| {
+        (floe.metric("floe_source_lag_records")? == 0.0).then_some(())
+    });
 
     let (code, head, text) = http_get(&pipeline.http_address(), "/metrics").unwrap();
     assert_eq!(code, 200);
     assert!(head.to_lowercase().contains("content-type: text/plain"), "{head}");
     let metrics = parse_metrics(&text);
-    let sum = |name: &str| metrics.get(name).unwrap_or_else(|| panic!("{name} is not in\n{text}")).1.iter().map(|s| s.1).sum::<f64>();
+    let sum = |name: &str| {
+        metrics.get(name).unwrap_or_else(|| panic!("{name} is not in\n{text}")).1.iter().map(|s| s.1).sum::<f64>()
+    };
     let truth = telemetry().truth();
     // Lag per partition, rows in and out, dead letters by reason, late rows.
     assert_eq!(metrics["floe_source_lag_records"].1.len(), telemetry().partitions as usize);
     assert_eq!(sum("floe_source_records_total"), 1_000.0);
-    let out = metrics["floe_sink_rows_total"].1.iter().find(|(labels, _)| labels["table"] == "telemetry.events").unwrap();
+    let out =
+        metrics["floe_sink_rows_total"].1.iter().find(|(labels, _)| labels["table"] == "telemetry.events").unwrap();
     assert_eq!(out.1, truth.valid as f64);
     for (reason, count) in &truth.dead {
         let found = metrics["floe_dead_letters_total"].1.iter().find(|(labels, _)| labels["reason"] == *reason);
@@ -138,7 +145,9 @@ fn metrics_health_and_status() {
     assert_eq!(sum("floe_late_rows_total"), 0.0);
     // Batch duration by stage.
     assert!(sum("floe_batch_stage_duration_seconds_count") >= 5.0);
-    assert!(metrics["floe_batch_stage_duration_seconds_count"].1.iter().all(|(labels, _)| labels.contains_key("stage")));
+    assert!(
+        metrics["floe_batch_stage_duration_seconds_count"].1.iter().all(|(labels, _)| labels.contains_key("stage"))
+    );
     // State, checkpoint, watermark, retries, last commit.
     assert!(sum("floe_state_groups") > 0.0 && sum("floe_state_bytes") > 0.0 && sum("floe_checkpoint_bytes") > 0.0);
     let watermark = (truth.max_event_ms - 120_000) as f64 / 1000.0;
@@ -173,7 +182,9 @@ fn a_locked_catalog() {
     lock.busy_timeout(Duration::from_secs(10)).unwrap();
     lock.execute_batch("begin exclusive").unwrap();
     Broker::shared().produce_records(topic, records(&telemetry(), 300..1_000));
-    floe.until("it says that the catalog is locked", |floe| floe.output().to_lowercase().contains("lock").then_some(()));
+    floe.until("it says that the catalog is locked", |floe| {
+        floe.output().to_lowercase().contains("lock").then_some(())
+    });
     sleep(Duration::from_secs(2));
     assert_eq!(offsets_in_tables(&tables), 300);
     lock.execute_batch("rollback").unwrap();
@@ -246,7 +257,8 @@ fn a_full_disk() {
         until_in_tables(&mut floe, &tables, 300);
         let said = floe.output().len();
         let limit = |pid: i32, soft: &str| {
-            let set = Command::new("prlimit").args(["--pid", &pid.to_string()]).arg(format!("--fsize={soft}:")).status();
+            let set =
+                Command::new("prlimit").args(["--pid", &pid.to_string()]).arg(format!("--fsize={soft}:")).status();
             assert!(set.expect("prlimit (util-linux)").success());
         };
         match &disk {

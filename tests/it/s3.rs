@@ -34,7 +34,12 @@ impl S3 {
             std::thread::sleep(Duration::from_millis(50));
         }
         let mut stream = TcpStream::connect(&s3.address).unwrap();
-        write!(stream, "PUT /bucket HTTP/1.1\r\nHost: {}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", s3.address).unwrap();
+        write!(
+            stream,
+            "PUT /bucket HTTP/1.1\r\nHost: {}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+            s3.address
+        )
+        .unwrap();
         let answer = std::io::read_to_string(stream).unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         s3
@@ -73,7 +78,9 @@ fn a_checkpoint_on_s3_is_as_good_as_one_on_disk() {
     fill(broker, topic, &telemetry());
     let s3 = S3::start();
     let pipeline = s3.pipeline(topic);
-    for step in ["plan.after_put", "execute.files_written", "state.after_put", "commit.committed", "commit_log.after_put"] {
+    for step in
+        ["plan.after_put", "execute.files_written", "state.after_put", "commit.committed", "commit_log.after_put"]
+    {
         pipeline.run_failing(&format!("{step}:kill")).expect_killed();
     }
     pipeline.run();

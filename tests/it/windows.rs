@@ -65,7 +65,10 @@ fn late_rows_are_counted_and_closed_windows_stay_as_they_are() {
     let at = |minute: i64, second: i64| START_MS + minute * MINUTE_MS + second * 1000;
 
     // The watermark goes to minute 8: windows up to [7, 8) close, and of them three have a row.
-    broker.produce_records(topic, [reading(1, at(0, 5)), reading(1, at(1, 5)), reading(2, at(7, 59)), reading(1, at(10, 0))]);
+    broker.produce_records(
+        topic,
+        [reading(1, at(0, 5)), reading(1, at(1, 5)), reading(2, at(7, 59)), reading(1, at(10, 0))],
+    );
     until_in_tables(&mut floe, &tables, 4);
     let closed_windows = |count: usize| {
         let count_of = || tables.try_query::<(usize,)>("select count(*) from {telemetry.device_minutes}");
@@ -78,7 +81,13 @@ fn late_rows_are_counted_and_closed_windows_stay_as_they_are() {
     // Late: closed windows, one with a group and two without. Not late: minute 8 begins where the watermark stands.
     broker.produce_records(
         topic,
-        [reading(1, at(0, 30)), reading(3, at(3, 0)), reading(2, at(7, 59)), reading(1, at(8, 0)), reading(1, at(9, 59))],
+        [
+            reading(1, at(0, 30)),
+            reading(3, at(3, 0)),
+            reading(2, at(7, 59)),
+            reading(1, at(8, 0)),
+            reading(1, at(9, 59)),
+        ],
     );
     until_in_tables(&mut floe, &tables, 9);
     floe.until("three late rows are counted", |floe| (floe.metric("floe_late_rows_total")? == 3.0).then_some(()));

@@ -295,9 +295,8 @@ impl Floe {
     /// The sum of a metric's samples, and None before it is there.
     pub fn metric(&self, name: &str) -> Option<f64> {
         let body = self.get("/metrics")?.1;
-        let samples = body.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']))
-        });
+        let samples =
+            body.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
         samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).reduce(|a, b| a + b)
     }
 }

@@ -30,12 +30,15 @@ pub fn python() -> &'static Path {
         }
         eprintln!("installing DuckDB and PyIceberg into {} (once)", home.display());
         let _ = fs::remove_dir_all(&home);
-        run(Command::new("python3").args(["-m", "venv"]).arg(&home), "install python3 (3.10 or later) with its venv module");
+        run(
+            Command::new("python3").args(["-m", "venv"]).arg(&home),
+            "install python3 (3.10 or later) with its venv module",
+        );
         let requirements = home.join("requirements.txt");
         fs::write(&requirements, REQUIREMENTS).expect("requirements.txt");
         run(
             Command::new(&python)
-                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
+                .args(["-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", "-r"])
                 .arg(&requirements),
             "the packages of tests/support/requirements.txt come from PyPI",
         );
