@@ -1,0 +1,199 @@
+//! Every metric, with its unit and help text: base units, few labels, prefix `floe_`.
+//!
+//! One process runs one pipeline, so metrics carry no pipeline label; `floe_query_info` names it.
+
+use std::sync::OnceLock;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+use super::progress::BatchProgress;
+use crate::dead_letter::Reason;
+use crate::error::Kind;
+
+enum Type {
+    Counter,
+    Gauge,
+    Histogram,
+}
+use Type::{Counter, Gauge, Histogram};
+
+pub const BUILD_INFO: &str = "floe_build_info";
+pub const QUERY_INFO: &str = "floe_query_info";
+pub const READY: &str = "floe_ready";
+pub const BATCHES: &str = "floe_batches_total";
+pub const BATCH_ID: &str = "floe_batch_id";
+pub const BATCH_DURATION: &str = "floe_batch_duration_seconds";
+pub const STAGE_DURATION: &str = "floe_batch_stage_duration_seconds";
+pub const OFFSETS: &str = "floe_source_offsets_total";
+pub const RECORDS: &str = "floe_source_records_total";
+pub const MISSING_OFFSETS: &str = "floe_source_missing_offsets_total";
+pub const LAG: &str = "floe_source_lag_records";
+pub const ROWS: &str = "floe_sink_rows_total";
+pub const FILES: &str = "floe_sink_files_total";
+pub const FILTERED: &str = "floe_filtered_rows_total";
+pub const DEAD_LETTERS: &str = "floe_dead_letters_total";
+pub const LATE_ROWS: &str = "floe_late_rows_total";
+pub const STATE_GROUPS: &str = "floe_state_groups";
+pub const STATE_WINDOWS: &str = "floe_state_windows";
+pub const STATE_BYTES: &str = "floe_state_bytes";
+pub const CHECKPOINT_BYTES: &str = "floe_checkpoint_bytes";
+pub const WATERMARK: &str = "floe_watermark_timestamp_seconds";
+pub const WATERMARK_DELAY: &str = "floe_watermark_delay_seconds";
+pub const LAST_COMMIT: &str = "floe_last_commit_timestamp_seconds";
+pub const LAST_COMMIT_AGE: &str = "floe_last_commit_age_seconds";
+pub const RETRIES: &str = "floe_retries_total";
+pub const ERRORS: &str = "floe_errors_total";
+
+const METRICS: [(&str, Type, Unit, &str); 26] = [
+    (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
+    (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
+    (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
+    (BATCHES, Counter, Unit::Count, "Batches committed by this process."),
+    (BATCH_ID, Gauge, Unit::Count, "The last committed batch."),
+    (BATCH_DURATION, Histogram, Unit::Seconds, "From trigger to commit log, by batch."),
+    (STAGE_DURATION, Histogram, Unit::Seconds, "Time spent in each stage of a batch."),
+    (OFFSETS, Counter, Unit::Count, "Offsets of all committed batches."),
+    (RECORDS, Counter, Unit::Count, "Records read from Kafka."),
+    (
+        MISSING_OFFSETS,
+        Counter,
+        Unit::Count,
+        "Offsets that hold no record: transaction markers, aborted or compacted ones.",
+    ),
+    (LAG, Gauge, Unit::Count, "Offsets of a partition that are not yet committed to the tables."),
+    (ROWS, Counter, Unit::Count, "Rows committed to a table."),
+    (FILES, Counter, Unit::Count, "Data files committed to a table."),
+    (FILTERED, Counter, Unit::Count, "Valid rows that the filter left out."),
+    (DEAD_LETTERS, Counter, Unit::Count, "Records refused, by reason."),
+    (LATE_ROWS, Counter, Unit::Count, "Rows behind the watermark, by the window table that left them out."),
+    (STATE_GROUPS, Gauge, Unit::Count, "Open groups (window and key) of a window table."),
+    (STATE_WINDOWS, Gauge, Unit::Count, "Open windows of a window table."),
+    (STATE_BYTES, Gauge, Unit::Bytes, "Memory held by the open windows of a window table."),
+    (CHECKPOINT_BYTES, Gauge, Unit::Bytes, "Size of the checkpoint."),
+    (WATERMARK, Gauge, Unit::Seconds, "The watermark, in seconds since the epoch; absent until there is one."),
+    (WATERMARK_DELAY, Gauge, Unit::Seconds, "How far the watermark is behind the wall clock."),
+    (LAST_COMMIT, Gauge, Unit::Seconds, "When the last batch was committed, in seconds since the epoch."),
+    (LAST_COMMIT_AGE, Gauge, Unit::Seconds, "How long ago the last batch was committed."),
+    (RETRIES, Counter, Unit::Count, "Attempts that failed and were tried again."),
+    (ERRORS, Counter, Unit::Count, "Errors by kind: transient, indeterminate, fatal."),
+];
+
+/// From a commit on a local disk to the longest deadline of a stage.
+const SECONDS_BUCKETS: [f64; 18] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
+
+const KINDS: [Kind; 3] = [Kind::Transient, Kind::Indeterminate, Kind::Fatal];
+
+/// Makes this the process's recorder, once.
+pub(super) fn install() -> PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            let builder = PrometheusBuilder::new();
+            // Fails on an empty list of buckets only.
+            let builder = builder.set_buckets(&SECONDS_BUCKETS).unwrap_or_else(|_| PrometheusBuilder::new());
+            let recorder = builder.build_recorder();
+            let handle = recorder.handle();
+            if metrics::set_global_recorder(recorder).is_err() {
+                tracing::warn!("another metrics recorder is installed: /metrics stays empty");
+            }
+            for (name, kind, unit, help) in METRICS {
+                match kind {
+                    Counter => describe_counter!(name, unit, help),
+                    Gauge => describe_gauge!(name, unit, help),
+                    Histogram => describe_histogram!(name, unit, help),
+                }
+            }
+            handle
+        })
+        .clone()
+}
+
+/// Everything whose labels are known beforehand starts at 0: a rate needs a value to start from.
+pub(super) fn register() {
+    gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    for total in [BATCHES, OFFSETS, RECORDS, MISSING_OFFSETS, FILTERED, RETRIES] {
+        counter!(total).increment(0);
+    }
+    for reason in Reason::ALL {
+        counter!(DEAD_LETTERS, "reason" => reason.code()).increment(0);
+    }
+    for kind in KINDS {
+        counter!(ERRORS, "kind" => super::kind_name(kind)).increment(0);
+    }
+}
+
+pub(super) fn record_query(name: &str, query_id: &str, guarantee: &str) {
+    let labels = [("name", name.to_string()), ("query_id", query_id.to_string()), ("guarantee", guarantee.to_string())];
+    gauge!(QUERY_INFO, &labels).set(1.0);
+}
+
+pub(super) fn register_tables(tables: &[String], windows: &[String]) {
+    for table in tables {
+        counter!(ROWS, "table" => table.clone()).increment(0);
+        counter!(FILES, "table" => table.clone()).increment(0);
+    }
+    for table in windows {
+        counter!(LATE_ROWS, "table" => table.clone()).increment(0);
+    }
+}
+
+pub(super) fn record_batch(p: &BatchProgress) {
+    counter!(BATCHES).increment(1);
+    gauge!(BATCH_ID).set(p.batch_id as f64);
+    histogram!(BATCH_DURATION).record(seconds(p.batch_duration_ms));
+    for (stage, ms) in &p.duration_ms {
+        histogram!(STAGE_DURATION, "stage" => stage.clone()).record(seconds(*ms));
+    }
+    counter!(OFFSETS).increment(p.counts.offsets);
+    counter!(RECORDS).increment(p.counts.records);
+    counter!(MISSING_OFFSETS).increment(p.counts.missing_offsets);
+    counter!(FILTERED).increment(p.counts.filtered);
+    for (reason, n) in &p.counts.dead_letters {
+        counter!(DEAD_LETTERS, "reason" => reason.clone()).increment(*n);
+    }
+    for (table, n) in &p.counts.late {
+        counter!(LATE_ROWS, "table" => table.clone()).increment(*n);
+    }
+    for t in &p.sink.tables {
+        counter!(ROWS, "table" => t.table.clone()).increment(t.rows);
+        counter!(FILES, "table" => t.table.clone()).increment(t.files);
+    }
+    for s in &p.state_operators {
+        gauge!(STATE_GROUPS, "table" => s.table.clone()).set(s.num_rows_total as f64);
+        gauge!(STATE_WINDOWS, "table" => s.table.clone()).set(s.num_windows as f64);
+        gauge!(STATE_BYTES, "table" => s.table.clone()).set(s.memory_used_bytes as f64);
+    }
+    gauge!(CHECKPOINT_BYTES).set(p.checkpoint_bytes as f64);
+}
+
+pub(super) fn record_lag(topic: &str, partition: i32, lag: u64) {
+    gauge!(LAG, "topic" => topic.to_string(), "partition" => partition.to_string()).set(lag as f64);
+}
+
+pub(super) fn record_retry() {
+    counter!(RETRIES).increment(1);
+}
+
+pub(super) fn record_error(kind: Kind) {
+    counter!(ERRORS, "kind" => super::kind_name(kind)).increment(1);
+}
+
+/// Gauges that change by themselves as time goes by.
+pub(super) fn refresh(now_ms: i64, last_commit_ms: Option<i64>, watermark_ms: Option<i64>, ready: bool) {
+    gauge!(READY).set(if ready { 1.0 } else { 0.0 });
+    if let Some(ms) = last_commit_ms {
+        gauge!(LAST_COMMIT).set(ms as f64 / 1000.0);
+        gauge!(LAST_COMMIT_AGE).set((now_ms - ms).max(0) as f64 / 1000.0);
+    }
+    // A watermark of 0 is the one that a query starts with: nothing has been seen yet.
+    if let Some(ms) = watermark_ms.filter(|ms| *ms > 0) {
+        gauge!(WATERMARK).set(ms as f64 / 1000.0);
+        gauge!(WATERMARK_DELAY).set((now_ms - ms) as f64 / 1000.0);
+    }
+}
+
+fn seconds(ms: u64) -> f64 {
+    ms as f64 / 1000.0
+}
