@@ -215,8 +215,7 @@ struct Rows {
 
 impl Rows {
     fn new(batch: BatchId, trigger_time_ms: i64) -> Rows {
-        let columns: Vec<Box<dyn ArrayBuilder>> =
-            vec![Box::new(StringBuilder::new()), Box::new(BinaryBuilder::new())];
+        let columns: Vec<Box<dyn ArrayBuilder>> = vec![Box::new(StringBuilder::new()), Box::new(BinaryBuilder::new())];
         let element = Field::new("element", DataType::Struct(header_fields()), false);
         Rows {
             batch: i64::try_from(batch).unwrap_or(i64::MAX),
@@ -300,7 +299,13 @@ mod tests {
 
     #[test]
     fn a_rejection_keeps_the_record_as_it_came() {
-        let record = |offset, timestamp_ms, begin, key_len, value_len| Record { offset, timestamp_ms, begin, key_len, value_len };
+        let record = |offset, timestamp_ms, begin, key_len, value_len| Record {
+            offset,
+            timestamp_ms,
+            begin,
+            key_len,
+            value_len,
+        };
         let chunk = Chunk {
             topic: "t".into(),
             partition: 3,
