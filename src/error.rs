@@ -33,6 +33,8 @@ pub enum Error {
     #[error(transparent)]
     Source(#[from] crate::source::Error),
     #[error(transparent)]
+    Transform(#[from] crate::transform::Error),
+    #[error(transparent)]
     State(#[from] crate::state::Error),
     #[error(transparent)]
     Sink(#[from] crate::sink::Error),
@@ -90,6 +92,7 @@ impl Error {
             Error::Storage(_) | Error::Vanished(_) | Error::Config(_) | Error::Http { .. } => Kind::Fatal,
             Error::Checkpoint(e) => e.kind(),
             Error::Source(e) => e.kind(),
+            Error::Transform(e) => e.kind(),
             Error::State(e) => e.kind(),
             Error::Sink(e) => e.kind(),
             Error::Deadline { .. } => Kind::Indeterminate,
