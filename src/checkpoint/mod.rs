@@ -1,15 +1,212 @@
-//! THE PROTOCOL.
+//! THE PROTOCOL: how a batch happens exactly once. Layout of a checkpoint, on any object store:
+//!
+//! ```text
+//! metadata.json          query id (UUID, for ever), format version, pipeline name
+//! owners/<epoch>.json    who runs this query; the highest epoch owns it
+//! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
+//! commits/<batch>.json   done: plan digest, next watermark, state files that make up the state, snapshot ids, counts
+//! state/<batch>-<attempt>.delta | .run
+//! ```
+//!
+//! The steps of batch N; other modules name them by these numbers.
+//!
+//! 1. **Plan N**: [`Checkpoint::check_owner`], then plan from `commits/N-1` and the brokers' latest offsets
+//!    ([`crate::batch::plan_ranges`]). A batch without data still runs when the watermark has closed a window.
+//! 2. **Log** `offsets/N`, create-if-absent ([`Checkpoint::log_plan`]). This is the fence: exactly one plan N exists.
+//! 3. **Execute**: a pure function of the plan, the state after N-1 and the configuration. Data files get names unique
+//!    to the attempt and are invisible until step 5.
+//! 4. **Persist** the state delta of this attempt ([`Checkpoint::put_state`]).
+//! 5. **Commit** the tables. Each carries a marker: batch and digest of the plan, the bytes of `offsets/N`. A marker at N with
+//!    this digest: done, skip. Below N: commit. Anything else: fatal, this checkpoint is older than the table.
+//! 6. **Log** `commits/N`, create-if-absent, naming the state files ([`Checkpoint::log_commit`]). Only now is N done.
+//! 7. **Tidy**: [`Checkpoint::purge`].
+//!
+//! **Recovery** ([`Checkpoint::recover`]): `offsets/N` without `commits/N` means replay N from step 3 with the same ranges on
+//! the state of N-1. Every failure that is not fatal takes the same road: drop what is in memory, back off, recover.
+//!
+//! **Ownership** ([`Checkpoint::claim`]): a starting process claims the next epoch; whoever sees a higher one stops. A plan
+//! logged by a lower epoch is adopted and replayed. Correctness does not rest on this: two processes on one checkpoint can
+//! only ever produce the same batch once, by steps 2, 5 and 6. A process that slept so long that its successor has purged
+//! `offsets/N` can log a plan N of its own; step 5 then finds a marker beyond N and refuses.
+//!
+//! Does not own: planning, executing, committing tables. Invariants: at most one batch is uncommitted; a file once logged is
+//! never edited; nothing reads the consumer group's offsets; every file carries a checksum, and a damaged one is named,
+//! never skipped.
 
-use crate::error::Kind;
+mod error;
+mod files;
+mod logs;
+mod owners;
+mod state_files;
+#[cfg(test)]
+mod tests;
 
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error("{message}")]
-    Fatal { message: String },
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+pub use error::Error;
+pub use logs::{CommitEntry, Counts, LoggedPlan, Recovered};
+pub use owners::Owner;
+pub use state_files::{StateFile, StateKind};
+
+use crate::batch::{BatchId, MicroBatch};
+use crate::storage::Location;
+use files::{Created, Files};
+
+const FORMAT: u32 = 1;
+const METADATA: &str = "metadata.json";
+
+/// What `metadata.json` says; written once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metadata {
+    pub format: u32,
+    pub query_id: Uuid,
+    pub pipeline: String,
+    pub created_at: String,
 }
 
-impl Error {
-    pub fn kind(&self) -> Kind {
-        Kind::Fatal
+/// The checkpoint of one query.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    files: Files,
+    metadata: Metadata,
+    is_new: bool,
+    /// Zero until [`Checkpoint::claim`].
+    epoch: u64,
+}
+
+impl Checkpoint {
+    /// Reads `metadata.json` or creates it with a new query id. Of two processes that create it at once both get the
+    /// winner's. Refuses another pipeline's checkpoint and a location that has logs but no metadata.
+    pub async fn open(location: Location, pipeline: &str) -> Result<Checkpoint, Error> {
+        let files = Files::new(location);
+        if let Some(metadata) = read_metadata(&files).await? {
+            return Checkpoint::with(files, metadata, false, pipeline);
+        }
+        for folder in ["offsets", "commits"] {
+            if let Some(entry) = files.list(folder).await?.first() {
+                let problem =
+                    format!("the file is missing although the checkpoint is in use ({} is there)", entry.file);
+                return Err(files.damaged(METADATA, problem));
+            }
+        }
+        let metadata = Metadata {
+            format: FORMAT,
+            query_id: Uuid::new_v4(),
+            pipeline: pipeline.to_string(),
+            created_at: jiff::Timestamp::now().to_string(),
+        };
+        match files.create(METADATA, &files.encode(METADATA, &metadata)?).await? {
+            Created::Ours => Checkpoint::with(files, metadata, true, pipeline),
+            Created::Theirs(bytes) => {
+                let metadata = decode_metadata(&files, &bytes)?;
+                Checkpoint::with(files, metadata, false, pipeline)
+            }
+        }
     }
+
+    fn with(files: Files, metadata: Metadata, is_new: bool, pipeline: &str) -> Result<Checkpoint, Error> {
+        if metadata.pipeline != pipeline {
+            return Err(files.refused(format!(
+                "it belongs to pipeline {:?}, not to {pipeline:?}; set checkpoint.location to a place of this pipeline's own",
+                metadata.pipeline
+            )));
+        }
+        Ok(Checkpoint { files, metadata, is_new, epoch: 0 })
+    }
+
+    /// Reads `metadata.json` without changing anything; `None` when there is no checkpoint yet.
+    pub async fn inspect(location: Location) -> Result<Option<Metadata>, Error> {
+        read_metadata(&Files::new(location)).await
+    }
+
+    pub fn query_id(&self) -> Uuid {
+        self.metadata.query_id
+    }
+
+    /// True when this process has just created it.
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    pub fn url(&self) -> &str {
+        self.files.url()
+    }
+
+    /// Claims the next epoch.
+    pub async fn claim(&mut self) -> Result<u64, Error> {
+        self.epoch = owners::claim(&self.files).await?;
+        Ok(self.epoch)
+    }
+
+    /// Fatal when a higher epoch than ours exists; call it before each plan.
+    pub async fn check_owner(&self) -> Result<(), Error> {
+        owners::check(&self.files, self.epoch).await
+    }
+
+    /// The newest plan and the newest commit; fatal when they contradict each other.
+    pub async fn recover(&self) -> Result<Recovered, Error> {
+        logs::recover(&self.files).await
+    }
+
+    /// Step 2. A plan that is there with the same bytes is ours; with others it is [`Error::Superseded`].
+    pub async fn log_plan(&self, plan: &MicroBatch) -> Result<LoggedPlan, Error> {
+        logs::log_plan(&self.files, plan).await
+    }
+
+    /// Step 4. `batch` is the batch whose commit will name the file: [`Checkpoint::purge`] takes a file of an earlier
+    /// batch that no commit names for a leftover.
+    pub async fn put_state(
+        &self,
+        batch: BatchId,
+        attempt: Uuid,
+        kind: StateKind,
+        bytes: impl Into<Bytes>,
+        max_window_end_us: Option<i64>,
+    ) -> Result<StateFile, Error> {
+        state_files::put(&self.files, batch, attempt, kind, bytes.into(), max_window_end_us).await
+    }
+
+    pub async fn read_state(&self, file: &StateFile) -> Result<Bytes, Error> {
+        state_files::read(&self.files, file).await
+    }
+
+    /// Step 6. [`Error::AlreadyCommitted`] when somebody else finished this very plan.
+    pub async fn log_commit(&self, commit: &CommitEntry) -> Result<(), Error> {
+        logs::log_commit(&self.files, commit).await
+    }
+
+    /// Step 7, after `commits/<newest>`: deletes logs but for the last `retain` batches (at least two), former owners, and
+    /// state up to batch `newest` that neither `live` nor the commit before names. Returns the number of files deleted.
+    pub async fn purge(&self, newest: BatchId, retain: u64, live: &[StateFile]) -> Result<u64, Error> {
+        state_files::purge(&self.files, self.epoch, newest, retain, live).await
+    }
+
+    /// Bytes of all files.
+    pub async fn size_bytes(&self) -> Result<u64, Error> {
+        Ok(self.files.list("").await?.iter().map(|entry| entry.bytes).sum())
+    }
+}
+
+async fn read_metadata(files: &Files) -> Result<Option<Metadata>, Error> {
+    match files.read(METADATA).await? {
+        Some(bytes) => decode_metadata(files, &bytes).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The format version first: the rest of a later format may mean anything.
+fn decode_metadata(files: &Files, bytes: &[u8]) -> Result<Metadata, Error> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        format: u32,
+    }
+    let format = files.decode::<Versioned>(METADATA, bytes)?.format;
+    if format != FORMAT {
+        return Err(files.refused(format!(
+            "{METADATA} has format version {format}, this version of Floe reads {FORMAT}; run the version of Floe that wrote it"
+        )));
+    }
+    files.decode(METADATA, bytes)
 }

@@ -1,10 +1,31 @@
 //! What the user writes: one TOML file and the environment become one typed, validated [`Config`], or all errors at once.
+//!
+//! Owns: the settings and their defaults ([`settings`]), places and messages of mistakes, which librdkafka properties are
+//! Floe's. Does not own: whether broker, catalog or store can be reached ([`crate::cli::check`]).
+//! Invariants: a `Config` that exists is sound; no error and no `Debug` shows a secret; nothing but the schema document and
+//! `_FILE` variables is read besides the file.
+
+mod build;
+mod document;
+mod error;
+mod expression;
+mod fingerprint;
+mod pipeline;
+mod read;
+pub mod settings;
+#[cfg(test)]
+mod tests;
+mod units;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use build::OWNED_PROPERTIES;
+pub use error::{ConfigError, ConfigErrors, Place};
 
 use crate::batch::Offsets;
 use crate::schema::Schema;
@@ -33,7 +54,35 @@ pub struct Config {
     pub fingerprint: String,
 }
 
-#[derive(Clone, Debug)]
+/// Reads the file and lays the environment over it.
+pub fn load(path: &Path, env: &BTreeMap<String, String>) -> Result<Config, ConfigErrors> {
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        let problem = format!("cannot read the configuration: {e}");
+        ConfigErrors(vec![ConfigError { place: Place::File(path.into(), 0), key: String::new(), problem }])
+    })?;
+    parse(&text, path, env)
+}
+
+/// `path` is where the text is from: for messages, and for the schema document, which is found relative to it.
+pub fn parse(text: &str, path: &Path, env: &BTreeMap<String, String>) -> Result<Config, ConfigErrors> {
+    let mut errors = Vec::new();
+    let mut root = document::parse(text, path, &mut errors);
+    document::overlay(&mut root, env, &mut errors);
+    let mut reader = read::Reader { root: &root, file: path, errors };
+    reader.check_keys();
+    let config = build::build(&mut reader);
+    let mut errors = reader.errors;
+    match config {
+        Some(config) if errors.is_empty() => Ok(config),
+        _ => {
+            errors.sort();
+            errors.dedup();
+            Err(ConfigErrors(errors))
+        }
+    }
+}
+
+#[derive(Clone)]
 pub struct SourceConfig {
     pub bootstrap_servers: String,
     pub topics: Vec<String>,
@@ -47,12 +96,37 @@ pub struct SourceConfig {
     pub kafka: BTreeMap<String, String>,
 }
 
+impl fmt::Debug for SourceConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kafka: BTreeMap<&str, &str> =
+            self.kafka.iter().map(|(k, v)| (k.as_str(), if is_secret(k) { "(hidden)" } else { v.as_str() })).collect();
+        f.debug_struct("SourceConfig")
+            .field("bootstrap_servers", &self.bootstrap_servers)
+            .field("topics", &self.topics)
+            .field("starting_offsets", &self.starting_offsets)
+            .field("max_offsets_per_trigger", &self.max_offsets_per_trigger)
+            .field("max_bytes_per_trigger", &self.max_bytes_per_trigger)
+            .field("min_offsets_per_trigger", &self.min_offsets_per_trigger)
+            .field("max_trigger_delay", &self.max_trigger_delay)
+            .field("fail_on_data_loss", &self.fail_on_data_loss)
+            .field("kafka", &kafka)
+            .finish()
+    }
+}
+
+/// Whether a property's value must not be shown. By its name, so it errs on the side of hiding.
+pub fn is_secret(property: &str) -> bool {
+    let name = property.to_ascii_lowercase();
+    ["password", "secret", "key", "token", "jaas", "credential", "oauthbearer.config"].iter().any(|s| name.contains(s))
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum StartingOffsets {
     Earliest,
     Latest,
     /// Milliseconds since the epoch: the first record at or after it, by partition.
     Timestamp(i64),
+    /// Partitions of the topics that are not named begin at their earliest offset.
     Explicit(Offsets),
 }
 

@@ -16,6 +16,18 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn transient(message: impl Into<String>) -> Self {
+        Error::Transient { message: message.into() }
+    }
+
+    pub(crate) fn indeterminate(message: impl Into<String>) -> Self {
+        Error::Indeterminate { message: message.into() }
+    }
+
+    pub(crate) fn fatal(message: impl Into<String>) -> Self {
+        Error::Fatal { message: message.into() }
+    }
+
     pub fn kind(&self) -> Kind {
         match self {
             Error::Transient { .. } => Kind::Transient,

@@ -1,1 +1,226 @@
-//! The only user of the `iceberg` crate.
+//! The only user of the `iceberg` crate: data files, catalogs, commits.
+//!
+//! Owns: the tables of one query. Workers write files through a [`TableWriter`]; nothing is visible until
+//! [`IcebergSink::commit`] has put the files and the batch's [`Marker`] into all tables. Does not own: batches, plans,
+//! retries beyond a commit conflict ([`crate::query`]). The crate's own catalogs and transactions are not used: they
+//! report success without knowing, and rebase silently on whatever they find.
+
+mod catalog;
+mod commit;
+mod files;
+mod layout;
+mod sqlite;
+mod storage;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::datatypes::SchemaRef;
+use futures::future::try_join_all;
+use iceberg::io::FileIO;
+use iceberg::spec::TableMetadata;
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+use self::catalog::{Catalog, LoadedTable, TableName};
+use self::files::FileLayout;
+use self::storage::TableStorage;
+use crate::batch::BatchId;
+use crate::config::CatalogConfig;
+use crate::sink::Error;
+
+pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
+pub use self::files::TableWriter;
+pub use self::sqlite::CATALOG_NAME;
+pub use iceberg::spec::DataFile;
+
+const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
+
+/// A table as the pipeline wants it.
+#[derive(Clone, Debug)]
+pub struct TableSpec {
+    /// `namespace.table`.
+    pub name: String,
+    pub schema: SchemaRef,
+    /// `day(event_timestamp)`, `bucket(16, device_id)`, `device_id`. Only for a table that has to be created.
+    pub partition_by: Vec<String>,
+    /// `device_id`, `event_timestamp desc`: the order that the table declares. Only for a table that has to be created.
+    pub sort_by: Vec<String>,
+    /// Only for a table that has to be created.
+    pub properties: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug)]
+pub struct TableInfo {
+    pub name: String,
+    pub uuid: Uuid,
+    pub location: String,
+    /// The last batch of this query that the table has.
+    pub marker: Option<Marker>,
+    /// Other queries that have written to the table.
+    pub others: Vec<(Uuid, Marker)>,
+}
+
+#[derive(Clone, Debug)]
+pub struct IcebergSink(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    catalog: Arc<dyn Catalog>,
+    storage: TableStorage,
+    file_io: FileIO,
+    runtime: Handle,
+    query_id: Uuid,
+    marker_property: String,
+    tables: Vec<BoundTable>,
+}
+
+/// A table of this query, checked, with what its writers need.
+#[derive(Debug)]
+struct BoundTable {
+    name: TableName,
+    files: Arc<FileLayout>,
+}
+
+impl IcebergSink {
+    /// Loads or creates every table. Fatal when an existing table does not fit its spec.
+    pub async fn open(
+        catalog: &CatalogConfig,
+        query_id: Uuid,
+        pipeline: &str,
+        specs: &[TableSpec],
+    ) -> Result<IcebergSink, Error> {
+        let storage = TableStorage::default();
+        let file_io = storage.file_io();
+        let catalog: Arc<dyn Catalog> = match catalog {
+            CatalogConfig::Sqlite { path, warehouse } => {
+                Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
+            }
+        };
+        let mut tables: Vec<BoundTable> = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let name = TableName::parse(&spec.name)?;
+            if tables.iter().any(|t| t.name == name) {
+                return Err(Error::fatal(format!(
+                    "table {name} is named twice: every output needs a table of its own"
+                )));
+            }
+            let loaded = match catalog.load(&name).await? {
+                Some(loaded) => loaded,
+                None => {
+                    let created = catalog.create(&name, layout::creation(spec)?).await?;
+                    tracing::info!(table = %name, pipeline, location = created.metadata.location(), "created table");
+                    created
+                }
+            };
+            tables.push(bind(name, spec, &loaded.metadata, &file_io)?);
+        }
+        let runtime = Handle::current();
+        let marker_property = marker_property(query_id);
+        Ok(IcebergSink(Arc::new(Inner { catalog, storage, file_io, runtime, query_id, marker_property, tables })))
+    }
+
+    /// Every table as it is now, in the order of the specs.
+    pub async fn load(&self) -> Result<Vec<TableInfo>, Error> {
+        let loaded = self.0.load_all().await?;
+        self.0
+            .tables
+            .iter()
+            .zip(loaded)
+            .map(|(table, loaded)| {
+                Ok(TableInfo {
+                    name: table.name.to_string(),
+                    uuid: loaded.metadata.uuid(),
+                    location: loaded.metadata.location().to_string(),
+                    marker: self.0.marker(&table.name, &loaded.metadata)?,
+                    others: self.0.others(&loaded.metadata),
+                })
+            })
+            .collect()
+    }
+
+    /// A writer for one worker; `table` counts in the order of the specs.
+    pub fn writer(&self, table: usize, batch: BatchId, attempt: Uuid, worker: usize) -> TableWriter {
+        let prefix = files::name_prefix(self.0.query_id, batch);
+        TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), &prefix, attempt, worker)
+    }
+
+    /// Step 5 of the protocol. Safe to call again with the same batch: what is there is left alone.
+    pub async fn commit(&self, commit: &BatchCommit) -> Result<Committed, Error> {
+        self.0.commit(commit).await
+    }
+
+    /// Deletes data files of failed attempts at `batch` and returns how many. Only to be called once a commit has confirmed
+    /// the marker in every table. Files that the batch's snapshot references stay; where that snapshot cannot be found,
+    /// everything stays.
+    pub async fn remove_failed_attempts(&self, batch: BatchId) -> Result<u64, Error> {
+        self.0.remove_failed_attempts(batch).await
+    }
+}
+
+impl Inner {
+    async fn load_all(&self) -> Result<Vec<LoadedTable>, Error> {
+        try_join_all(self.tables.iter().map(|table| async {
+            self.catalog.load(&table.name).await?.ok_or_else(|| {
+                Error::fatal(format!(
+                    "table {} is gone: it was dropped while the pipeline used it. Restore it, or start with a new checkpoint",
+                    table.name
+                ))
+            })
+        }))
+        .await
+    }
+
+    /// A marker that cannot be read must not pass for a table without one.
+    fn marker(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<Marker>, Error> {
+        let Some(json) = metadata.properties().get(&self.marker_property) else { return Ok(None) };
+        serde_json::from_str(json).map(Some).map_err(|e| {
+            Error::fatal(format!(
+                "table {table}: property {} does not say which batch it has ({e}): {json}",
+                self.marker_property
+            ))
+        })
+    }
+
+    fn others(&self, metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
+        let mut others: Vec<(Uuid, Marker)> = metadata
+            .properties()
+            .iter()
+            .filter_map(|(key, json)| {
+                let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok().filter(|id| *id != self.query_id)?;
+                Some((id, serde_json::from_str(json).ok()?))
+            })
+            .collect();
+        others.sort_by_key(|(id, _)| *id);
+        others
+    }
+}
+
+fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
+    let arrow_schema = layout::check(spec, metadata)?;
+    if !layout::is_partitioned_as(spec, metadata) {
+        tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
+    }
+    let properties = metadata.properties();
+    let data_location = match properties.get("write.data.path") {
+        Some(path) => path.trim_end_matches('/').to_string(),
+        None => format!("{}/data", metadata.location().trim_end_matches('/')),
+    };
+    let target_file_bytes = properties
+        .get("write.target-file-size-bytes")
+        .and_then(|bytes| bytes.parse().ok())
+        .unwrap_or(DEFAULT_TARGET_FILE_BYTES);
+    let files = FileLayout {
+        table: name.to_string(),
+        file_io: file_io.clone(),
+        data_location,
+        schema: metadata.current_schema().clone(),
+        spec: metadata.default_partition_spec().clone(),
+        properties: files::writer_properties(&spec.name, properties, &arrow_schema),
+        arrow_schema,
+        target_file_bytes,
+    };
+    Ok(BoundTable { name, files: Arc::new(files) })
+}

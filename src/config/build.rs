@@ -1,0 +1,526 @@
+//! From settings to a [`Config`]: what every value means and which combinations make sense.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::datatypes::DataType;
+
+use super::error::{ConfigError, Place};
+use super::read::Reader;
+use super::*;
+use crate::retry::{Deadlines, Strategy};
+
+/// Properties of librdkafka that decide whether records are read exactly once, or that a setting of Floe stands for.
+pub const OWNED_PROPERTIES: &[(&str, &str)] = &[
+    ("bootstrap.servers", "set source.bootstrap_servers"),
+    ("metadata.broker.list", "set source.bootstrap_servers"),
+    ("enable.auto.commit", "offsets are kept in the checkpoint"),
+    ("auto.commit.enable", "offsets are kept in the checkpoint"),
+    ("auto.commit.interval.ms", "offsets are kept in the checkpoint"),
+    ("enable.auto.offset.store", "offsets are kept in the checkpoint"),
+    ("auto.offset.reset", "set source.starting_offsets and source.fail_on_data_loss"),
+    ("enable.partition.eof", "the end of a range is found by it"),
+    ("group.instance.id", "partitions are assigned by Floe, not by a group"),
+    ("group.protocol", "partitions are assigned by Floe, not by a group"),
+    ("partition.assignment.strategy", "partitions are assigned by Floe, not by a group"),
+    ("allow.auto.create.topics", "a topic that is missing is a mistake"),
+    ("queued.max.messages.kbytes", "set execution.buffer"),
+    ("enabled_events", "events are Floe's"),
+];
+
+/// None when there is no use in a `Config`; errors are in the reader either way.
+pub fn build(r: &mut Reader<'_>) -> Option<Config> {
+    let name = name(r);
+    let source = source(r);
+    let trigger = trigger(r);
+    let schema = schema(r);
+    let transform = TransformConfig { filter: r.text("transform.filter"), columns: r.map("transform.columns") };
+    let event_time = event_time(r);
+    let rows = r.has("rows").then(|| table(r, "rows"));
+    let windows = windows(r);
+    if rows.is_none() && windows.is_empty() {
+        r.error("", "there is nothing to write: add [rows], [[windows]] or both");
+    }
+    if !windows.is_empty() && event_time.is_none() {
+        r.error("windows.0", "windows need [event_time] with a column");
+    }
+    let dead_letters = dead_letters(r, rows.as_ref(), &windows);
+    let catalog = catalog(r);
+    let checkpoint_location =
+        if r.has("checkpoint.location") { r.text("checkpoint.location") } else { Some(format!("checkpoints/{name}")) };
+    check_location(r, "checkpoint.location", checkpoint_location.as_deref());
+    let http = http(r);
+    let retry = RetryConfig { strategy: strategy(r), deadlines: deadlines(r) };
+    let execution = execution(r);
+
+    let (schema, document) = schema?;
+    let mut config = Config {
+        name,
+        source,
+        trigger,
+        schema,
+        transform,
+        event_time,
+        rows,
+        windows,
+        dead_letters,
+        catalog: catalog?,
+        checkpoint_location: checkpoint_location?,
+        http,
+        retry,
+        execution,
+        fingerprint: String::new(),
+    };
+    check_columns(r, &config);
+    check_tables(r, &config);
+    if r.errors.is_empty() {
+        // Messages of the SQL compiler are of use only when the columns it looks for exist.
+        let found = pipeline::compile_pipeline(
+            &config.schema.arrow,
+            &config.transform,
+            config.event_time.as_ref(),
+            &config.windows,
+        );
+        for (key, problem) in found {
+            r.error(&key, problem);
+        }
+    }
+    config.fingerprint = fingerprint::fingerprint(&config, &document);
+    Some(config)
+}
+
+fn name(r: &mut Reader<'_>) -> String {
+    r.required("name");
+    let name = r.text("name");
+    if let Some(name) = &name
+        && !is_plain(name, 128)
+    {
+        r.error("name", format!("found {name:?}, allowed are up to 128 letters, digits, '.', '_' and '-'"));
+    }
+    name.unwrap_or_default()
+}
+
+/// Kafka's rule for topic names, and a good one for other names.
+fn is_plain(text: &str, max: usize) -> bool {
+    !text.is_empty()
+        && text.len() <= max
+        && text != "."
+        && text != ".."
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+}
+
+fn source(r: &mut Reader<'_>) -> SourceConfig {
+    r.required("source.bootstrap_servers");
+    r.required("source.topics");
+    let bootstrap_servers = r.text("source.bootstrap_servers");
+    if bootstrap_servers.as_ref().is_some_and(|b| b.trim().is_empty()) {
+        r.error("source.bootstrap_servers", "is empty; allowed is host:port, or several, separated by commas");
+    }
+    let before = r.errors.len();
+    let topics = r.list("source.topics");
+    let known = r.errors.len() == before;
+    if topics.is_empty() && r.has("source.topics") && known {
+        r.error("source.topics", "is empty; name at least one topic");
+    }
+    for (index, topic) in topics.iter().enumerate() {
+        if !is_plain(topic, 249) {
+            r.error(
+                "source.topics",
+                format!(
+                    "found {topic:?}, allowed are letters, digits, '.', '_' and '-', up to 249; there are no patterns"
+                ),
+            );
+        }
+        if topics[..index].contains(topic) {
+            r.error("source.topics", format!("{topic:?} is named twice"));
+        }
+    }
+    let starting_offsets = r.starting_offsets("source.starting_offsets");
+    if let Some(StartingOffsets::Explicit(offsets)) = starting_offsets.as_ref().filter(|_| known) {
+        let mut strangers: Vec<&str> = offsets.keys().map(|tp| &*tp.topic).collect();
+        strangers.dedup();
+        for topic in strangers.into_iter().filter(|t| !topics.iter().any(|known| known == t)) {
+            r.error("source.starting_offsets", format!("{topic:?} is not among source.topics"));
+        }
+    }
+    let max_offsets = r.integer("source.max_offsets_per_trigger");
+    let max_bytes = r.bytes("source.max_bytes_per_trigger");
+    let min_offsets = r.integer("source.min_offsets_per_trigger").unwrap_or(0);
+    if max_offsets == Some(0) {
+        r.error("source.max_offsets_per_trigger", "found 0, allowed is 1 or more");
+    }
+    if max_bytes == Some(0) {
+        r.error("source.max_bytes_per_trigger", "found 0, allowed is 1 or more");
+    }
+    if let Some(max) = max_offsets.filter(|max| *max > 0 && *max < min_offsets) {
+        let problem = format!("found {min_offsets}, allowed is at most source.max_offsets_per_trigger, {max}");
+        r.error("source.min_offsets_per_trigger", problem);
+    }
+    let max_trigger_delay = r.duration("source.max_trigger_delay").unwrap_or_default();
+    let fail_on_data_loss = r.boolean("source.fail_on_data_loss").unwrap_or(true);
+    let kafka: BTreeMap<String, String> = r.map("source.kafka").into_iter().collect();
+    for (property, instead) in OWNED_PROPERTIES {
+        if kafka.contains_key(*property) {
+            r.error("source.kafka", format!("{property} is set by Floe: {instead}"));
+        }
+    }
+    if let Some(level) =
+        kafka.get("isolation.level").filter(|l| !matches!(l.as_str(), "read_committed" | "read_uncommitted"))
+    {
+        r.error(
+            "source.kafka",
+            format!("isolation.level: found {level:?}, allowed are read_committed, read_uncommitted"),
+        );
+    }
+    SourceConfig {
+        bootstrap_servers: bootstrap_servers.unwrap_or_default(),
+        topics,
+        starting_offsets: starting_offsets.unwrap_or(StartingOffsets::Earliest),
+        max_offsets_per_trigger: max_offsets,
+        max_bytes_per_trigger: max_bytes,
+        min_offsets_per_trigger: min_offsets,
+        max_trigger_delay,
+        fail_on_data_loss,
+        kafka,
+    }
+}
+
+fn trigger(r: &mut Reader<'_>) -> Trigger {
+    let interval = r.duration("trigger.interval").unwrap_or_default();
+    match r.boolean("trigger.available_now") {
+        // It wins over an interval, so that FLOE_TRIGGER__AVAILABLE_NOW=true drains a topic with any file.
+        Some(true) => Trigger::AvailableNow,
+        _ => Trigger::ProcessingTime(interval),
+    }
+}
+
+/// The compiled schema and its document.
+fn schema(r: &mut Reader<'_>) -> Option<(Arc<Schema>, String)> {
+    r.required("schema.file");
+    let file = r.text("schema.file")?;
+    let path = r.file.parent().unwrap_or(Path::new("")).join(file);
+    let document = match std::fs::read_to_string(&path) {
+        Ok(document) => document,
+        Err(e) => {
+            r.error("schema.file", format!("cannot read {}: {e}", path.display()));
+            return None;
+        }
+    };
+    match Schema::parse(&document) {
+        Ok(schema) => Some((schema, document)),
+        Err(problems) => {
+            r.errors.extend(problems.into_iter().map(|problem| ConfigError {
+                place: Place::File(path.clone(), 0),
+                key: String::new(),
+                problem,
+            }));
+            None
+        }
+    }
+}
+
+fn event_time(r: &mut Reader<'_>) -> Option<EventTimeConfig> {
+    if !r.has("event_time") {
+        return None;
+    }
+    r.required("event_time.column");
+    let column = r.text("event_time.column").unwrap_or_default();
+    let watermark_delay = r.duration("event_time.watermark_delay").unwrap_or_default();
+    let max_future = r.duration("event_time.max_future");
+    match r.text("event_time.policy").as_deref() {
+        None | Some("global-max") => {}
+        Some("partition-min") => {
+            r.error("event_time.policy", "\"partition-min\" is not there yet; allowed is \"global-max\"");
+        }
+        Some(other) => r.error("event_time.policy", format!("found {other:?}, allowed is \"global-max\"")),
+    }
+    Some(EventTimeConfig { column, watermark_delay, max_future })
+}
+
+fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {
+    let key = format!("{section}.table");
+    r.required(&key);
+    let table = r.text(&key);
+    if let Some(table) = &table
+        && !is_table_name(table)
+    {
+        let allowed = "allowed is namespace.table, each of letters, digits, '_' and '-'";
+        r.error(&key, format!("found {table:?}, {allowed}"));
+    }
+    TableConfig {
+        table: table.unwrap_or_default(),
+        partition_by: r.list(&format!("{section}.partition_by")),
+        sort_by: r.list(&format!("{section}.sort_by")),
+        properties: r.map(&format!("{section}.properties")).into_iter().collect(),
+        provenance: section == "rows" && r.boolean("rows.provenance").unwrap_or(true),
+    }
+}
+
+fn is_table_name(text: &str) -> bool {
+    let part = |p: &str| is_plain(p, 255) && !p.contains('.');
+    text.split_once('.').is_some_and(|(namespace, table)| part(namespace) && part(table))
+}
+
+fn windows(r: &mut Reader<'_>) -> Vec<WindowConfig> {
+    let mut windows = Vec::new();
+    for index in 0.. {
+        let section = format!("windows.{index}");
+        if !r.has(&section) {
+            break;
+        }
+        let table = table(r, &section);
+        let key = format!("{section}.size");
+        r.required(&key);
+        let size = r.duration(&key);
+        if size.is_some_and(|s| s.is_zero()) {
+            r.error(&key, "found 0, allowed is a duration above 0");
+        }
+        let key = format!("{section}.aggregates");
+        let before = r.errors.len();
+        let aggregates = r.map(&key);
+        if aggregates.is_empty() && r.errors.len() == before {
+            r.error(&key, "name at least one: events = \"count(*)\"");
+        }
+        windows.push(WindowConfig {
+            table,
+            size: size.unwrap_or(Duration::from_secs(1)),
+            group_by: r.list(&format!("{section}.group_by")),
+            aggregates,
+        });
+    }
+    windows
+}
+
+fn dead_letters(r: &mut Reader<'_>, rows: Option<&TableConfig>, windows: &[WindowConfig]) -> TableConfig {
+    if r.has("dead_letters.table") {
+        return table(r, "dead_letters");
+    }
+    let first = rows.or(windows.first().map(|w| &w.table));
+    let namespace = first.and_then(|t| t.table.split_once('.')).map_or("", |(namespace, _)| namespace);
+    TableConfig {
+        table: format!("{namespace}.dead_letters"),
+        partition_by: r.list("dead_letters.partition_by"),
+        sort_by: r.list("dead_letters.sort_by"),
+        properties: r.map("dead_letters.properties").into_iter().collect(),
+        provenance: false,
+    }
+}
+
+fn catalog(r: &mut Reader<'_>) -> Option<CatalogConfig> {
+    let path = r.text("catalog.path");
+    let warehouse = r.text("catalog.warehouse");
+    check_location(r, "catalog.warehouse", warehouse.as_deref());
+    if path.as_ref().is_some_and(|p| p.is_empty()) {
+        r.error("catalog.path", "is empty; allowed is the path of the SQLite file");
+    }
+    match r.text("catalog.type").as_deref() {
+        Some("sqlite") => Some(CatalogConfig::Sqlite { path: PathBuf::from(path?), warehouse: warehouse? }),
+        Some("rest") => {
+            r.error("catalog.type", "\"rest\" comes with a later version; allowed is \"sqlite\"");
+            None
+        }
+        Some(other) => {
+            r.error("catalog.type", format!("found {other:?}, allowed is \"sqlite\""));
+            None
+        }
+        None => None,
+    }
+}
+
+fn check_location(r: &mut Reader<'_>, key: &str, location: Option<&str>) {
+    let Some(location) = location else { return };
+    let scheme = location.split_once("://").map_or("file", |(scheme, _)| scheme);
+    if location.trim().is_empty() {
+        r.error(key, "is empty; allowed is a path, or a URL such as s3://bucket/folder");
+    } else if !matches!(scheme, "file" | "s3") {
+        r.error(key, format!("found {scheme}://, allowed is a path, file:// or s3://"));
+    }
+}
+
+fn http(r: &mut Reader<'_>) -> HttpConfig {
+    let listen = r.text("http.listen").unwrap_or_default();
+    if listen.is_empty() {
+        return HttpConfig { listen: None };
+    }
+    match listen.parse::<SocketAddr>() {
+        Ok(address) => HttpConfig { listen: Some(address) },
+        Err(_) => {
+            let allowed = "allowed is address:port such as \"0.0.0.0:8080\", or \"\" for none";
+            r.error("http.listen", format!("found {listen:?}, {allowed}"));
+            HttpConfig { listen: None }
+        }
+    }
+}
+
+fn strategy(r: &mut Reader<'_>) -> Strategy {
+    let initial = r.duration("retry.initial");
+    let max = r.duration("retry.max");
+    let kind = r.text("retry.strategy");
+    if initial.is_some_and(|d| d.is_zero()) {
+        r.error("retry.initial", "found 0, allowed is a duration above 0");
+    }
+    let (initial, max) = (initial.unwrap_or_default(), max.unwrap_or_default());
+    if kind.as_deref() == Some("fixed") {
+        if r.has("retry.max") {
+            r.error("retry.max", "has no meaning with strategy \"fixed\", which always waits retry.initial");
+        }
+    } else if r.has("retry.max") && max < initial {
+        r.error("retry.max", "is less than retry.initial");
+    } else if max < initial && r.has("retry.initial") {
+        r.error("retry.initial", format!("is more than retry.max, {max:?}"));
+    }
+    match kind.as_deref() {
+        Some("linear") => Strategy::Linear { step: initial, max },
+        Some("fixed") => Strategy::Fixed { delay: initial },
+        Some("exponential") | None => Strategy::Exponential { initial, max },
+        Some(other) => {
+            r.error("retry.strategy", format!("found {other:?}, allowed are \"exponential\", \"linear\", \"fixed\""));
+            Strategy::Exponential { initial, max }
+        }
+    }
+}
+
+fn deadlines(r: &mut Reader<'_>) -> Deadlines {
+    let mut read = |stage: &str| {
+        let key = format!("deadlines.{stage}");
+        let deadline = r.duration(&key);
+        if deadline.is_some_and(|d| d.is_zero()) {
+            r.error(&key, "found 0, allowed is a duration above 0");
+        }
+        deadline.unwrap_or_default()
+    };
+    Deadlines {
+        recover: read("recover"),
+        latest_offsets: read("latest_offsets"),
+        add_batch: read("add_batch"),
+        checkpoint: read("checkpoint"),
+        commit: read("commit"),
+    }
+}
+
+const SMALLEST_BUFFER: u64 = 16 << 20;
+
+fn execution(r: &mut Reader<'_>) -> ExecutionConfig {
+    let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let workers = match r.integer("execution.workers") {
+        None => cores(),
+        Some(n @ 1..=256) => n as usize,
+        Some(n) => {
+            r.error("execution.workers", format!("found {n}, allowed is 1 to 256"));
+            1
+        }
+    };
+    let buffer_bytes = r.bytes("execution.buffer").unwrap_or(SMALLEST_BUFFER);
+    if buffer_bytes < SMALLEST_BUFFER {
+        r.error("execution.buffer", "allowed is 16 MiB or more");
+    }
+    let shutdown_timeout = r.duration("execution.shutdown_timeout").unwrap_or_default();
+    ExecutionConfig { workers, buffer_bytes, shutdown_timeout }
+}
+
+/// Columns are named where they exist and not twice.
+fn check_columns(r: &mut Reader<'_>, config: &Config) {
+    let fields: Vec<&str> = config.schema.arrow.fields().iter().map(|f| f.name().as_str()).collect();
+    let mut columns = fields.clone();
+    for (name, _) in &config.transform.columns {
+        if columns.contains(&name.as_str()) {
+            r.error("transform.columns", format!("{name:?} is a column of the schema; choose another name"));
+        }
+        columns.push(name);
+    }
+    if let Some(rows) = &config.rows {
+        let mut all = columns.clone();
+        if rows.provenance {
+            for provenance in ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"] {
+                if all.contains(&provenance) {
+                    let problem = format!("{provenance} is already a column; rename it, or set provenance = false");
+                    r.error("rows.provenance", problem);
+                }
+                all.push(provenance);
+            }
+        }
+        check_layout(r, "rows", rows, &all);
+    }
+    if let Some(event_time) = config.event_time.as_ref().filter(|e| !e.column.is_empty()) {
+        match config.schema.arrow.field_with_name(&event_time.column) {
+            Err(_) => {
+                let problem =
+                    format!("{:?} is no field of the schema; there are {}", event_time.column, fields.join(", "));
+                r.error("event_time.column", problem);
+            }
+            Ok(field) if !matches!(field.data_type(), DataType::Timestamp(..)) => {
+                let problem =
+                    format!("{:?} is no time: it needs \"format\": \"date-time\" in the schema", event_time.column);
+                r.error("event_time.column", problem);
+            }
+            Ok(_) => {}
+        }
+    }
+    for (index, window) in config.windows.iter().enumerate() {
+        let mut output = vec!["window_start", "window_end"];
+        let key = format!("windows.{index}.group_by");
+        for column in &window.group_by {
+            if !columns.contains(&column.as_str()) {
+                r.error(&key, format!("{column:?} is no column; there are {}", columns.join(", ")));
+            }
+            if output.contains(&column.as_str()) {
+                r.error(&key, format!("{column:?} would be in the table twice"));
+            }
+            output.push(column);
+        }
+        for (name, _) in &window.aggregates {
+            if output.contains(&name.as_str()) {
+                r.error(&format!("windows.{index}.aggregates"), format!("{name:?} would be in the table twice"));
+            }
+            output.push(name);
+        }
+        check_layout(r, &format!("windows.{index}"), &window.table, &output);
+    }
+    let dead = [
+        "reason",
+        "path",
+        "message",
+        "topic",
+        "partition",
+        "offset",
+        "end_offset",
+        "timestamp",
+        "key",
+        "payload",
+        "headers",
+        "batch_id",
+        "recorded_at",
+    ];
+    check_layout(r, "dead_letters", &config.dead_letters, &dead);
+}
+
+fn check_layout(r: &mut Reader<'_>, section: &str, table: &TableConfig, columns: &[&str]) {
+    let partitions = table.partition_by.iter().map(|t| ("partition_by", expression::partition_column(t)));
+    let sorts = table.sort_by.iter().map(|t| ("sort_by", expression::sort_column(t)));
+    for (name, column) in partitions.chain(sorts) {
+        let key = format!("{section}.{name}");
+        match column {
+            Err(problem) => r.error(&key, problem),
+            Ok(column) if !columns.contains(&column) => {
+                r.error(&key, format!("{column:?} is no column of the table; there are {}", columns.join(", ")));
+            }
+            Ok(_) => {}
+        }
+    }
+}
+
+fn check_tables(r: &mut Reader<'_>, config: &Config) {
+    let mut tables: Vec<(String, &str)> = Vec::new();
+    tables.extend(config.rows.iter().map(|t| ("rows.table".into(), t.table.as_str())));
+    let windows = config.windows.iter().enumerate();
+    tables.extend(windows.map(|(i, w)| (format!("windows.{i}.table"), w.table.table.as_str())));
+    tables.push(("dead_letters.table".into(), &config.dead_letters.table));
+    for (index, (key, table)) in tables.iter().enumerate() {
+        if let Some((other, _)) = tables[..index].iter().find(|(_, t)| t == table && !table.is_empty()) {
+            r.error(key, format!("{table:?} is also {other}; every table needs a name of its own"));
+        }
+    }
+}

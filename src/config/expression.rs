@@ -1,0 +1,87 @@
+//! `partition_by` and `sort_by` as the user writes them, as far as the configuration is concerned: their spelling and the
+//! column that they name. Pure.
+
+/// `day(event_timestamp)`, `bucket(16, device_id)`, `status` → the column.
+pub fn partition_column(text: &str) -> Result<&str, String> {
+    let text = text.trim();
+    let Some((function, rest)) = text.split_once('(') else { return column(text) };
+    let arguments = rest.strip_suffix(')').ok_or_else(|| format!("{text:?} has no closing parenthesis"))?;
+    let function = function.trim();
+    match function {
+        "identity" | "year" | "month" | "day" | "hour" => column(arguments.trim()),
+        "bucket" | "truncate" => {
+            let (width, name) = arguments
+                .split_once(',')
+                .ok_or_else(|| format!("{text:?} needs a number and a column: {function}(16, column)"))?;
+            match width.trim().parse::<u32>() {
+                Ok(width) if width > 0 => column(name.trim()),
+                _ => Err(format!("{:?} in {text:?} is not a number above 0", width.trim())),
+            }
+        }
+        _ => Err(format!(
+            "{function:?} is no partition function; allowed are year, month, day, hour, bucket(n, column), \
+             truncate(n, column), identity, or a column alone"
+        )),
+    }
+}
+
+/// `column [asc|desc] [nulls first|nulls last]` → the column.
+pub fn sort_column(text: &str) -> Result<&str, String> {
+    let mut words = text.split_whitespace();
+    let name = column(words.next().unwrap_or(""))?;
+    let rest: Vec<String> = words.map(str::to_ascii_lowercase).collect();
+    let mut rest: &[String] = &rest;
+    if let [first, tail @ ..] = rest
+        && (first == "asc" || first == "desc")
+    {
+        rest = tail;
+    }
+    match rest {
+        [] => Ok(name),
+        [nulls, place] if nulls == "nulls" && (place == "first" || place == "last") => Ok(name),
+        _ => Err(format!("{text:?} is no sort key; allowed is: column [asc|desc] [nulls first|nulls last]")),
+    }
+}
+
+fn column(text: &str) -> Result<&str, String> {
+    let sound = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_');
+    if sound { Ok(text) } else { Err(format!("{text:?} is no column name")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn partitions() {
+        for (text, expected) in [
+            ("day(event_timestamp)", Some("event_timestamp")),
+            (" status ", Some("status")),
+            ("identity(status)", Some("status")),
+            ("bucket(16, device_id)", Some("device_id")),
+            ("truncate(4,device_id)", Some("device_id")),
+            ("bucket(device_id)", None),
+            ("bucket(0, device_id)", None),
+            ("week(event_timestamp)", None),
+            ("day(event_timestamp", None),
+            ("", None),
+        ] {
+            assert_eq!(partition_column(text).ok(), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn sort_keys() {
+        for (text, expected) in [
+            ("device_id", Some("device_id")),
+            ("device_id desc", Some("device_id")),
+            ("device_id ASC NULLS LAST", Some("device_id")),
+            ("device_id nulls first", Some("device_id")),
+            ("device_id down", None),
+            ("device_id desc nulls", None),
+            ("", None),
+        ] {
+            assert_eq!(sort_column(text).ok(), expected, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! The digest of everything that decides what a batch means.
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::{Config, TableConfig};
+
+/// SHA-256 over a canonical form. In it: schema document, transform, event time, and of every table its name, columns and
+/// keys. Not in it: what decides only where from, how fast and how often, such as brokers, trigger, limits and retry.
+pub fn fingerprint(config: &Config, schema_document: &str) -> String {
+    // A document that is not JSON has been refused before.
+    let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
+    let meaning = json!({
+        "topics": sorted(&config.source.topics),
+        "schema": canonical(schema),
+        "filter": config.transform.filter,
+        "columns": config.transform.columns,
+        "event_time": config.event_time.as_ref().map(|e| json!({
+            "column": e.column,
+            "watermark_delay_ms": e.watermark_delay.as_millis() as u64,
+            "max_future_ms": e.max_future.map(|d| d.as_millis() as u64),
+        })),
+        "rows": config.rows.as_ref().map(|t| json!([table(t), t.provenance])),
+        "windows": config.windows.iter().map(|w| json!({
+            "table": table(&w.table),
+            "size_ms": w.size.as_millis() as u64,
+            "group_by": w.group_by,
+            "aggregates": w.aggregates,
+        })).collect::<Vec<_>>(),
+        "dead_letters": table(&config.dead_letters),
+    });
+    Sha256::digest(meaning.to_string()).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn table(table: &TableConfig) -> &str {
+    &table.table
+}
+
+fn sorted(topics: &[String]) -> Vec<&String> {
+    let mut topics: Vec<_> = topics.iter().collect();
+    topics.sort();
+    topics
+}
+
+/// Layout and order of keys in the document have no meaning.
+fn canonical(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let mut entries: Vec<_> = map.into_iter().collect();
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            Value::Object(entries.into_iter().map(|(k, v)| (k, canonical(v))).collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(canonical).collect()),
+        other => other,
+    }
+}

@@ -1,0 +1,180 @@
+//! The closed list of settings: key, kind and default of each. The only place that knows a default; what is not on it is
+//! an unknown key.
+
+/// How a setting is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Text,
+    Integer,
+    Boolean,
+    Duration,
+    Bytes,
+    /// Texts; in a variable, separated by commas.
+    List,
+    /// Texts by names that the user chooses.
+    Map,
+    /// `earliest`, `latest`, a time, or offsets by topic and partition.
+    Offsets,
+}
+
+impl Kind {
+    /// What is allowed, for messages.
+    pub fn allowed(self) -> &'static str {
+        match self {
+            Kind::Text => "a text",
+            Kind::Integer => "a whole number, 0 or more",
+            Kind::Boolean => "true or false",
+            Kind::Duration => "a duration such as \"10 seconds\", \"500 ms\" or \"1 hour 30 minutes\"",
+            Kind::Bytes => "a size such as \"64 MiB\", or a number of bytes",
+            Kind::List => "a list of texts",
+            Kind::Map => "a table of texts",
+            Kind::Offsets => {
+                "\"earliest\", \"latest\", a time such as \"2026-03-01T00:00:00Z\", or offsets by topic and partition \
+                 such as { telemetry = { 0 = 1200, 1 = 0 } }"
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Setting {
+    /// Sections joined by dots; `*` stands for the index of a `[[windows]]` entry.
+    pub key: &'static str,
+    pub kind: Kind,
+    /// As a user would write it. None: required, or absent unless given.
+    pub default: Option<&'static str>,
+}
+
+const fn required(key: &'static str, kind: Kind) -> Setting {
+    Setting { key, kind, default: None }
+}
+
+const fn absent(key: &'static str, kind: Kind) -> Setting {
+    Setting { key, kind, default: None }
+}
+
+const fn default(key: &'static str, kind: Kind, default: &'static str) -> Setting {
+    Setting { key, kind, default: Some(default) }
+}
+
+pub const SETTINGS: &[Setting] = &[
+    required("name", Kind::Text),
+    required("source.bootstrap_servers", Kind::Text),
+    required("source.topics", Kind::List),
+    default("source.starting_offsets", Kind::Offsets, "earliest"),
+    // Bounded, since a batch that fails is done again as a whole: the first one on an old topic must not be all of it.
+    default("source.max_offsets_per_trigger", Kind::Integer, "1_000_000"),
+    absent("source.max_bytes_per_trigger", Kind::Bytes),
+    default("source.min_offsets_per_trigger", Kind::Integer, "0"),
+    default("source.max_trigger_delay", Kind::Duration, "15 minutes"),
+    default("source.fail_on_data_loss", Kind::Boolean, "true"),
+    absent("source.kafka", Kind::Map),
+    default("trigger.interval", Kind::Duration, "10 seconds"),
+    default("trigger.available_now", Kind::Boolean, "false"),
+    required("schema.file", Kind::Text),
+    absent("transform.filter", Kind::Text),
+    absent("transform.columns", Kind::Map),
+    required("event_time.column", Kind::Text),
+    default("event_time.watermark_delay", Kind::Duration, "10 minutes"),
+    default("event_time.policy", Kind::Text, "global-max"),
+    absent("event_time.max_future", Kind::Duration),
+    required("rows.table", Kind::Text),
+    absent("rows.partition_by", Kind::List),
+    absent("rows.sort_by", Kind::List),
+    absent("rows.properties", Kind::Map),
+    default("rows.provenance", Kind::Boolean, "true"),
+    required("windows.*.table", Kind::Text),
+    required("windows.*.size", Kind::Duration),
+    absent("windows.*.group_by", Kind::List),
+    required("windows.*.aggregates", Kind::Map),
+    absent("windows.*.partition_by", Kind::List),
+    absent("windows.*.sort_by", Kind::List),
+    absent("windows.*.properties", Kind::Map),
+    // <namespace of the rows table, or else of the first window>.dead_letters
+    absent("dead_letters.table", Kind::Text),
+    absent("dead_letters.partition_by", Kind::List),
+    absent("dead_letters.sort_by", Kind::List),
+    absent("dead_letters.properties", Kind::Map),
+    default("catalog.type", Kind::Text, "sqlite"),
+    default("catalog.path", Kind::Text, "data/catalog.db"),
+    default("catalog.warehouse", Kind::Text, "data/warehouse"),
+    // checkpoints/<name>
+    absent("checkpoint.location", Kind::Text),
+    default("http.listen", Kind::Text, "127.0.0.1:8080"),
+    default("retry.strategy", Kind::Text, "exponential"),
+    default("retry.initial", Kind::Duration, "200 ms"),
+    default("retry.max", Kind::Duration, "30 seconds"),
+    default("deadlines.recover", Kind::Duration, "5 minutes"),
+    default("deadlines.latest_offsets", Kind::Duration, "30 seconds"),
+    default("deadlines.add_batch", Kind::Duration, "10 minutes"),
+    default("deadlines.checkpoint", Kind::Duration, "1 minute"),
+    default("deadlines.commit", Kind::Duration, "2 minutes"),
+    // The number of cores.
+    absent("execution.workers", Kind::Integer),
+    default("execution.buffer", Kind::Bytes, "256 MiB"),
+    // Below the 30 seconds after which Kubernetes kills.
+    default("execution.shutdown_timeout", Kind::Duration, "25 seconds"),
+];
+
+/// The setting at a path, `*` matching an index.
+pub fn find(path: &[String]) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|s| {
+        let mut parts = s.key.split('.');
+        path.iter().all(|p| parts.next().is_some_and(|k| matches(k, p))) && parts.next().is_none()
+    })
+}
+
+/// Whether settings lie below the path.
+pub fn is_section(path: &[String]) -> bool {
+    SETTINGS.iter().any(|s| {
+        let mut parts = s.key.split('.');
+        path.iter().all(|p| parts.next().is_some_and(|k| matches(k, p))) && parts.next().is_some()
+    })
+}
+
+fn matches(pattern: &str, part: &str) -> bool {
+    pattern == part || (pattern == "*" && part.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// What the user may have meant by an unknown key, or else what there is.
+pub fn suggestion(path: &[String]) -> String {
+    let Some((name, parent)) = path.split_last() else { return String::new() };
+    let mut names: Vec<&str> = Vec::new();
+    for setting in SETTINGS {
+        let parts: Vec<&str> = setting.key.split('.').collect();
+        if parts.len() > parent.len() && parent.iter().zip(&parts).all(|(p, k)| matches(k, p)) {
+            let sibling = parts[parent.len()];
+            if !names.contains(&sibling) {
+                names.push(sibling);
+            }
+        }
+    }
+    let lower = name.to_ascii_lowercase();
+    let near = names.iter().map(|n| (distance(&lower, n), *n)).min();
+    if let Some((d, near)) = near
+        && d <= 1 + lower.len() / 4
+    {
+        return format!("did you mean {near}?");
+    }
+    // The right name in the wrong section.
+    if let Some(s) = SETTINGS.iter().find(|s| s.key.rsplit('.').next() == Some(lower.as_str())) {
+        return format!("did you mean {}?", s.key.replace("windows.*", "[[windows]]"));
+    }
+    format!("allowed here: {}", names.join(", "))
+}
+
+/// Edits from one word to the other (Levenshtein).
+pub(crate) fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

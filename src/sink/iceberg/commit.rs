@@ -1,0 +1,402 @@
+//! Step 5 of the protocol: all tables of a batch, together, once.
+//!
+//! Owns: the marker (which batch a table has), the snapshot that makes files visible, retries after conflicts. Does not
+//! own: atomicity over tables (the catalog's). Invariants: every attempt looks at the tables as they are now before it
+//! changes them; the marker and the files of a batch appear in one and the same metadata; what others have written to
+//! the table meanwhile is kept.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
+
+use futures::future::try_join_all;
+use futures::{StreamExt, TryStreamExt};
+use iceberg::spec::{
+    DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestListWriter, ManifestWriterBuilder, Operation,
+    Snapshot, SnapshotRef, SnapshotSummaryCollector, Summary, TableMetadata,
+};
+use object_store::ObjectStoreExt;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::catalog::{CommitError, LoadedTable, TableChange, iceberg_error};
+use super::{BoundTable, Inner, files};
+use crate::batch::BatchId;
+use crate::retry::Strategy;
+use crate::sink::Error;
+
+const ATTEMPTS: u32 = 20;
+const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis(20), max: Duration::from_secs(2) };
+
+/// Which batch of a query a table has: the JSON value of the table property `floe.<query-id>`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marker {
+    pub pipeline: String,
+    pub batch: BatchId,
+    /// `sha256:<hex>` of the plan as logged.
+    pub plan: String,
+}
+
+pub fn marker_property(query_id: Uuid) -> String {
+    format!("floe.{query_id}")
+}
+
+#[derive(Clone, Debug)]
+pub struct BatchCommit {
+    pub marker: Marker,
+    /// UUIDs that the plan recorded, by table name.
+    pub tables: BTreeMap<String, Uuid>,
+    /// Goes into the summary of every new snapshot: offset ranges, watermark.
+    pub summary: BTreeMap<String, String>,
+    /// New data files, by table in the order of the specs.
+    pub files: Vec<Vec<DataFile>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Committed {
+    /// The tables had the batch before this call.
+    pub already: bool,
+    /// The snapshot that holds the batch's rows, by table; none where there were no rows or it has expired.
+    pub snapshots: Vec<Option<i64>>,
+}
+
+/// What a table says about a batch.
+#[derive(Debug, PartialEq)]
+enum Standing {
+    Done,
+    Pending,
+}
+
+impl Inner {
+    pub(super) async fn commit(&self, commit: &BatchCommit) -> Result<Committed, Error> {
+        if commit.files.len() != self.tables.len() {
+            return Err(Error::fatal(format!("a commit of {} tables for {}", commit.files.len(), self.tables.len())));
+        }
+        let mut conflict = String::new();
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                tokio::time::sleep(BACKOFF.delay(attempt - 1, random())).await;
+            }
+            let loaded = self.load_all().await?;
+            let standing = self.standing(&loaded, commit)?;
+            if standing.iter().all(|s| *s == Standing::Done) {
+                return Ok(Committed { already: true, snapshots: self.snapshots_of(&loaded, commit.marker.batch) });
+            }
+            let pending = loaded.iter().zip(&self.tables).zip(&commit.files).zip(&standing);
+            let staged: Vec<Staged> = try_join_all(
+                pending
+                    .filter(|(_, standing)| **standing == Standing::Pending)
+                    .map(|(((loaded, table), files), _)| self.stage(table, loaded, commit, files)),
+            )
+            .await?;
+            let (changes, written): (Vec<_>, Vec<_>) = staged.into_iter().map(|s| (s.change, s.written)).unzip();
+            match self.catalog.commit(&changes).await {
+                Ok(()) => {
+                    let mut now = loaded;
+                    for change in changes {
+                        if let Some(i) = self.tables.iter().position(|t| t.name == change.table) {
+                            now[i].metadata = change.metadata.into();
+                        }
+                    }
+                    return Ok(Committed { already: false, snapshots: self.snapshots_of(&now, commit.marker.batch) });
+                }
+                Err(CommitError::Conflict(message)) => {
+                    tracing::debug!(batch = commit.marker.batch, attempt, message, "commit conflict; reloading");
+                    self.forget(written.into_iter().flatten()).await;
+                    conflict = message;
+                }
+                Err(CommitError::Failed(Error::Indeterminate { message })) => {
+                    let now = self.load_all().await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
+                    if self.standing(&now, commit)?.iter().all(|s| *s == Standing::Done) {
+                        tracing::debug!(
+                            batch = commit.marker.batch,
+                            message,
+                            "a commit of unknown outcome has happened"
+                        );
+                        return Ok(Committed {
+                            already: false,
+                            snapshots: self.snapshots_of(&now, commit.marker.batch),
+                        });
+                    }
+                    return Err(Error::Indeterminate { message });
+                }
+                Err(CommitError::Failed(error)) => return Err(error),
+            }
+        }
+        let batch = commit.marker.batch;
+        Err(Error::transient(format!("batch {batch}: other writers were faster in {ATTEMPTS} attempts: {conflict}")))
+    }
+
+    /// Where every table stands with regard to the batch, or why the batch must not be committed at all.
+    fn standing(&self, loaded: &[LoadedTable], commit: &BatchCommit) -> Result<Vec<Standing>, Error> {
+        let Marker { batch, plan, .. } = &commit.marker;
+        let mut standing = Vec::with_capacity(loaded.len());
+        for (table, loaded) in self.tables.iter().zip(loaded) {
+            let uuid = loaded.metadata.uuid();
+            if let Some(planned) = commit.tables.get(&table.name.to_string()).filter(|planned| **planned != uuid) {
+                return Err(Error::fatal(format!(
+                    "table {} was dropped and re-created: batch {batch} was planned for uuid {planned}, the table now is {uuid}. \
+                     Restore the table, or start the pipeline with a new checkpoint",
+                    table.name
+                )));
+            }
+            standing.push(match self.marker(&table.name, &loaded.metadata)? {
+                Some(found) if found.batch == *batch && found.plan == *plan => Standing::Done,
+                Some(found) if found.batch >= *batch => {
+                    return Err(Error::fatal(format!(
+                        "this checkpoint is older than table {}: it is about to commit batch {batch} (plan {plan}), \
+                         the table has batch {} (plan {}). Going on would lose or double rows. Restore the checkpoint that belongs \
+                         to the table; or roll the table back and remove its property {}; or start with a new checkpoint and, \
+                         for a clean start, new tables",
+                        table.name, found.batch, found.plan, self.marker_property
+                    )));
+                }
+                _ => Standing::Pending,
+            });
+        }
+        Ok(standing)
+    }
+
+    fn snapshots_of(&self, loaded: &[LoadedTable], batch: BatchId) -> Vec<Option<i64>> {
+        loaded.iter().map(|l| self.snapshot_of(&l.metadata, batch).map(|s| s.snapshot_id())).collect()
+    }
+
+    /// The snapshot that a batch of this query has added.
+    fn snapshot_of<'a>(&self, metadata: &'a TableMetadata, batch: BatchId) -> Option<&'a SnapshotRef> {
+        metadata.snapshots().find(|snapshot| {
+            snapshot
+                .summary()
+                .additional_properties
+                .get(&self.marker_property)
+                .and_then(|json| serde_json::from_str::<Marker>(json).ok())
+                .is_some_and(|marker| marker.batch == batch)
+        })
+    }
+
+    /// Writes manifest and manifest list, if there are files, and makes the table's next metadata.
+    async fn stage(
+        &self,
+        table: &BoundTable,
+        loaded: &LoadedTable,
+        commit: &BatchCommit,
+        files: &[DataFile],
+    ) -> Result<Staged, Error> {
+        let failed = |e| iceberg_error("commit to", &table.name, e);
+        let marker = serde_json::to_string(&commit.marker)
+            .map_err(|e| Error::fatal(format!("the marker has no JSON form: {e}")))?;
+        let mut written = Vec::new();
+        let mut builder = loaded
+            .metadata
+            .as_ref()
+            .clone()
+            .into_builder(Some(loaded.metadata_location.clone()))
+            .set_properties([(self.marker_property.clone(), marker.clone())].into())
+            .map_err(failed)?;
+        if !files.is_empty() {
+            let mut properties: HashMap<String, String> = commit.summary.clone().into_iter().collect();
+            properties.insert(self.marker_property.clone(), marker);
+            let snapshot =
+                self.append(table, &loaded.metadata, files, properties, &mut written).await.map_err(failed)?;
+            // Unlike setting the reference, this keeps the retention that the user gave the branch.
+            builder = builder.set_branch_snapshot(snapshot, MAIN_BRANCH).map_err(failed)?;
+        }
+        let metadata = builder.build().map_err(failed)?.metadata;
+        Ok(Staged { change: TableChange { table: table.name.clone(), base: loaded.clone(), metadata }, written })
+    }
+
+    async fn append(
+        &self,
+        table: &BoundTable,
+        metadata: &TableMetadata,
+        files: &[DataFile],
+        properties: HashMap<String, String>,
+        written: &mut Vec<String>,
+    ) -> iceberg::Result<Snapshot> {
+        let parent = metadata.current_snapshot();
+        let snapshot_id = new_snapshot_id(metadata);
+        let folder = format!("{}/metadata", metadata.location().trim_end_matches('/'));
+        let attempt = Uuid::new_v4();
+
+        // The spec and schema that the files were written with: the table's may have evolved since.
+        let gone = |what: &str| {
+            let message = format!("the {what} that the files were written with is gone from the table");
+            iceberg::Error::new(iceberg::ErrorKind::DataInvalid, message)
+        };
+        let spec_id = table.files.spec.spec_id();
+        let spec = metadata.partition_spec_by_id(spec_id).ok_or_else(|| gone("partition spec"))?;
+        let schema_id = table.files.schema.schema_id();
+        let schema = metadata.schema_by_id(schema_id).ok_or_else(|| gone("schema"))?;
+
+        let manifest_path = format!("{folder}/{attempt}-m0.avro");
+        written.push(manifest_path.clone());
+        let output = self.file_io.new_output(manifest_path)?;
+        let mut manifest = ManifestWriterBuilder::new(output, Some(snapshot_id), schema.clone(), spec.as_ref().clone())
+            .build_v2_data();
+        for file in files {
+            // No sequence number: readers inherit it from the manifest list.
+            manifest.add_file(file.clone(), iceberg::spec::UNASSIGNED_SEQUENCE_NUMBER)?;
+        }
+        let mut manifests: Vec<ManifestFile> = vec![manifest.write_manifest_file().await?];
+
+        // Every manifest of the parent is taken over as it is; merging small ones belongs here.
+        if let Some(parent) = parent {
+            manifests.extend(self.manifests(metadata, parent).await?.consume_entries());
+        }
+
+        let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
+        written.push(list_path.clone());
+        let sequence_number = metadata.next_sequence_number();
+        let writer = self.file_io.new_output(&list_path)?.writer().await?;
+        let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
+        list.add_manifests(manifests.into_iter())?;
+        list.close().await?;
+
+        let mut collector = SnapshotSummaryCollector::default();
+        for file in files {
+            collector.add_file(file, schema.clone(), spec.clone());
+        }
+        let additional_properties =
+            summary(properties, collector.build(), parent.map(|p| &p.summary().additional_properties));
+        // Snapshots of one table are ordered in time, also when clocks are not.
+        let timestamp_ms = chrono::Utc::now().timestamp_millis().max(metadata.last_updated_ms());
+        Ok(Snapshot::builder()
+            .with_snapshot_id(snapshot_id)
+            .with_parent_snapshot_id(parent.map(|p| p.snapshot_id()))
+            .with_sequence_number(sequence_number)
+            .with_timestamp_ms(timestamp_ms)
+            .with_manifest_list(list_path)
+            .with_summary(Summary { operation: Operation::Append, additional_properties })
+            .with_schema_id(schema_id)
+            .build())
+    }
+
+    async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
+        let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
+        ManifestList::parse_with_version(&bytes, metadata.format_version())
+    }
+
+    pub(super) async fn remove_failed_attempts(&self, batch: BatchId) -> Result<u64, Error> {
+        let mut removed = 0;
+        let prefix = files::name_prefix(self.query_id, batch);
+        for (table, loaded) in self.tables.iter().zip(self.load_all().await?) {
+            let failed = |e| iceberg_error("tidy", &table.name, e);
+            let Some(snapshot) = self.snapshot_of(&loaded.metadata, batch) else { continue };
+            let mut referenced = HashSet::new();
+            let list = self.manifests(&loaded.metadata, snapshot).await.map_err(failed)?;
+            for manifest in list.entries().iter().filter(|m| m.added_snapshot_id == snapshot.snapshot_id()) {
+                let bytes = self.read(&manifest.manifest_path).await.map_err(failed)?;
+                for entry in Manifest::parse_avro(&bytes).map_err(failed)?.entries() {
+                    referenced.insert(entry.file_path().rsplit('/').next().unwrap_or_default().to_string());
+                }
+            }
+            if referenced.is_empty() {
+                continue;
+            }
+            let (store, folder) = self.storage.locate(&table.files.data_location).map_err(failed)?;
+            let listing =
+                |e| Error::transient(format!("table {}: cannot remove files of failed attempts: {e}", table.name));
+            let leftover: Vec<_> = store
+                .list(Some(&folder))
+                .map_ok(|meta| meta.location)
+                .try_filter(|path| {
+                    let name = path.filename().unwrap_or_default();
+                    futures::future::ready(name.starts_with(&prefix) && !referenced.contains(name))
+                })
+                .try_collect()
+                .await
+                .map_err(listing)?;
+            for path in leftover {
+                match store.delete(&path).await {
+                    Ok(()) => removed += 1,
+                    Err(object_store::Error::NotFound { .. }) => {}
+                    Err(e) => return Err(listing(e)),
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
+        self.file_io.new_input(location)?.read().await
+    }
+
+    /// Best effort: files of an attempt that certainly was not committed.
+    async fn forget(&self, written: impl Iterator<Item = String>) {
+        futures::stream::iter(written)
+            .for_each_concurrent(4, |location| async move {
+                if let Err(error) = self.file_io.delete(&location).await {
+                    tracing::debug!(location, %error, "could not delete an unused manifest");
+                }
+            })
+            .await;
+    }
+}
+
+struct Staged {
+    change: TableChange,
+    /// Manifest and manifest list.
+    written: Vec<String>,
+}
+
+/// The snapshot summary: `properties`, what was added, and the running totals that readers and planners go by. A total
+/// that the parent does not know stays unknown.
+fn summary(
+    properties: HashMap<String, String>,
+    added: HashMap<String, String>,
+    parent: Option<&HashMap<String, String>>,
+) -> HashMap<String, String> {
+    const TOTALS: [(&str, &str); 6] = [
+        ("total-data-files", "added-data-files"),
+        ("total-records", "added-records"),
+        ("total-files-size", "added-files-size"),
+        ("total-delete-files", "added-delete-files"),
+        ("total-position-deletes", "added-position-deletes"),
+        ("total-equality-deletes", "added-equality-deletes"),
+    ];
+    let mut summary = properties;
+    summary.extend(added);
+    for (total, added) in TOTALS {
+        let before = match parent {
+            None => Some(0),
+            Some(parent) => parent.get(total).and_then(|n| n.parse::<u64>().ok()),
+        };
+        if let Some(before) = before {
+            let added = summary.get(added).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+            summary.insert(total.to_string(), (before + added).to_string());
+        }
+    }
+    summary
+}
+
+fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
+    loop {
+        let (high, low) = Uuid::new_v4().as_u64_pair();
+        let id = i64::try_from((high ^ low) >> 1).unwrap_or(i64::MAX);
+        if metadata.snapshot_by_id(id).is_none() {
+            return id;
+        }
+    }
+}
+
+/// In `[0, 1)`.
+fn random() -> f64 {
+    f64::from(Uuid::new_v4().as_fields().0) / (f64::from(u32::MAX) + 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn totals_run_on_and_unknown_ones_stay_unknown() {
+        let map = |pairs: &[(&str, &str)]| -> HashMap<String, String> {
+            pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+        };
+        let added = map(&[("added-records", "5"), ("added-data-files", "1")]);
+        let first = summary(map(&[("floe.offsets", "{}")]), added.clone(), None);
+        assert_eq!((first["total-records"].as_str(), first["total-delete-files"].as_str()), ("5", "0"));
+        let parent = map(&[("total-records", "7")]);
+        let next = summary(HashMap::new(), added, Some(&parent));
+        assert_eq!(next["total-records"], "12");
+        assert!(!next.contains_key("total-data-files"));
+    }
+}

@@ -1,0 +1,450 @@
+use std::sync::Arc;
+
+use arrow::array::{
+    ArrayRef, BinaryArray, BinaryBuilder, BooleanArray, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch,
+    StringArray, StringBuilder, StructBuilder, TimestampMicrosecondArray,
+};
+use arrow::datatypes::{DataType, Field, Fields, Schema, TimeUnit};
+use tempfile::TempDir;
+
+use super::*;
+use crate::error::Kind;
+
+const DAY_US: i64 = 86_400_000_000;
+/// 2026-01-01T00:00:00Z.
+const NEW_YEAR_US: i64 = 1_767_225_600_000_000;
+
+struct Fixture {
+    dir: TempDir,
+    query_id: Uuid,
+}
+
+impl Fixture {
+    fn new() -> Fixture {
+        Fixture { dir: tempfile::tempdir().unwrap(), query_id: Uuid::new_v4() }
+    }
+
+    fn catalog(&self) -> CatalogConfig {
+        let path = self.dir.path().join("db/catalog.db");
+        CatalogConfig::Sqlite { path, warehouse: self.dir.path().join("warehouse").to_str().unwrap().into() }
+    }
+
+    async fn open(&self, specs: &[TableSpec]) -> Result<IcebergSink, Error> {
+        IcebergSink::open(&self.catalog(), self.query_id, "telemetry", specs).await
+    }
+
+    async fn another_query(&self, specs: &[TableSpec]) -> IcebergSink {
+        IcebergSink::open(&self.catalog(), Uuid::new_v4(), "another", specs).await.unwrap()
+    }
+
+    fn data_files(&self, table: &str) -> Vec<String> {
+        fn walk(folder: &std::path::Path, found: &mut Vec<String>) {
+            for entry in std::fs::read_dir(folder).into_iter().flatten() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { walk(&path, found) } else { found.push(path.to_str().unwrap().to_string()) }
+            }
+        }
+        let mut found = Vec::new();
+        walk(&self.dir.path().join("warehouse").join(table.replace('.', "/")).join("data"), &mut found);
+        found
+    }
+}
+
+fn utc() -> DataType {
+    DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))
+}
+
+fn events_schema() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        Field::new("device_id", DataType::Utf8, false),
+        Field::new("event_timestamp", utc(), false),
+        Field::new("battery", DataType::Float64, true),
+        Field::new("count", DataType::Int32, true),
+        Field::new("ok", DataType::Boolean, true),
+        Field::new("_kafka_offset", DataType::Int64, false),
+    ]))
+}
+
+fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
+    TableSpec {
+        name: name.into(),
+        schema: events_schema(),
+        partition_by: partition_by.iter().map(|s| s.to_string()).collect(),
+        sort_by: vec![],
+        properties: BTreeMap::new(),
+    }
+}
+
+/// `n` rows from `offset`, `step_us` apart.
+fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
+    let range = || offset..offset + n;
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(StringArray::from_iter_values(range().map(|i| format!("device-{}", i % 5)))),
+        Arc::new(
+            TimestampMicrosecondArray::from_iter_values(range().map(|i| NEW_YEAR_US + i * step_us))
+                .with_timezone("UTC"),
+        ),
+        Arc::new(Float64Array::from_iter(range().map(|i| (i % 7 != 0).then_some(i as f64 / 3.0)))),
+        Arc::new(Int32Array::from_iter(range().map(|i| Some(i as i32)))),
+        Arc::new(BooleanArray::from_iter(range().map(|i| Some(i % 2 == 0)))),
+        Arc::new(Int64Array::from_iter_values(range())),
+    ];
+    RecordBatch::try_new(events_schema(), columns).unwrap()
+}
+
+async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<RecordBatch>) -> Vec<DataFile> {
+    let mut writer = sink.writer(table, batch, Uuid::new_v4(), 0);
+    tokio::task::spawn_blocking(move || {
+        rows.iter().for_each(|rows| writer.write(rows).unwrap());
+        writer.finish().unwrap()
+    })
+    .await
+    .unwrap()
+}
+
+async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<Vec<DataFile>>) -> BatchCommit {
+    BatchCommit {
+        marker: Marker { pipeline: "telemetry".into(), batch, plan: format!("sha256:{batch}") },
+        tables: sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect(),
+        summary: [("floe.offsets".to_string(), "{}".to_string())].into(),
+        files,
+    }
+}
+
+async fn metadata(sink: &IcebergSink, table: usize) -> Arc<TableMetadata> {
+    sink.0.load_all().await.unwrap()[table].metadata.clone()
+}
+
+fn total(metadata: &TableMetadata, key: &str) -> String {
+    metadata.current_snapshot().unwrap().summary().additional_properties[key].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_committed_once_to_all_tables() {
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &[]), spec("telemetry.minutes", &[]), spec("telemetry.dead", &[])];
+    let sink = fixture.open(&specs).await.unwrap();
+    assert!(sink.load().await.unwrap().iter().all(|t| t.marker.is_none() && t.others.is_empty()));
+
+    let files = vec![
+        write(&sink, 0, 1, vec![events(0, 100, 1000)]).await,
+        write(&sink, 1, 1, vec![events(0, 9, 1)]).await,
+        vec![],
+    ];
+    let commit = batch_commit(&sink, 1, files).await;
+    let first = sink.commit(&commit).await.unwrap();
+    assert!(!first.already);
+    assert_eq!(first.snapshots.iter().map(Option::is_some).collect::<Vec<_>>(), [true, true, false]);
+
+    let again = fixture.open(&specs).await.unwrap().commit(&commit).await.unwrap();
+    assert_eq!(again, Committed { already: true, snapshots: first.snapshots });
+    assert!(sink.load().await.unwrap().iter().all(|t| t.marker.as_ref() == Some(&commit.marker)));
+    let events_table = metadata(&sink, 0).await;
+    assert_eq!(events_table.snapshots().len(), 1);
+    assert_eq!(total(&events_table, "total-records"), "100");
+    assert_eq!(total(&events_table, "floe.offsets"), "{}");
+
+    let files = vec![write(&sink, 0, 2, vec![events(100, 50, 1000)]).await, vec![], vec![]];
+    sink.commit(&batch_commit(&sink, 2, files).await).await.unwrap();
+    let events_table = metadata(&sink, 0).await;
+    assert_eq!(
+        (total(&events_table, "total-records"), total(&events_table, "total-data-files")),
+        ("150".into(), "2".into())
+    );
+    let list = sink.0.file_io.new_input(events_table.current_snapshot().unwrap().manifest_list()).unwrap();
+    let list =
+        iceberg::spec::ManifestList::parse_with_version(&list.read().await.unwrap(), events_table.format_version());
+    assert_eq!(list.unwrap().entries().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_older_than_the_table_is_refused() {
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &[]), spec("telemetry.minutes", &[])];
+    let sink = fixture.open(&specs).await.unwrap();
+    for batch in 1..=3 {
+        let files = vec![write(&sink, 0, batch, vec![events(0, 10, 1)]).await, vec![]];
+        sink.commit(&batch_commit(&sink, batch, files).await).await.unwrap();
+    }
+    let mut same_batch_other_plan = batch_commit(&sink, 3, vec![vec![], vec![]]).await;
+    same_batch_other_plan.marker.plan = "sha256:other".into();
+    for stale in [batch_commit(&sink, 2, vec![vec![], vec![]]).await, same_batch_other_plan] {
+        let error = sink.commit(&stale).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Fatal);
+        assert!(error.to_string().contains("this checkpoint is older than table telemetry.events"), "{error}");
+        assert!(error.to_string().contains(&format!("batch {}", stale.marker.batch)), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recreated_table_is_refused() {
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &[])];
+    let sink = fixture.open(&specs).await.unwrap();
+    let commit = batch_commit(&sink, 1, vec![vec![]]).await;
+    let database = rusqlite::Connection::open(fixture.dir.path().join("db/catalog.db")).unwrap();
+    database.execute("DELETE FROM iceberg_tables", []).unwrap();
+    assert!(sink.commit(&commit).await.unwrap_err().to_string().contains("is gone"));
+    fixture.open(&specs).await.unwrap();
+    let error = sink.commit(&commit).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal);
+    assert!(error.to_string().contains("dropped and re-created"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_writers_retry_and_lose_nothing() {
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &[]), spec("telemetry.minutes", &[])];
+    let mut sinks = vec![fixture.open(&specs).await.unwrap()];
+    for _ in 0..3 {
+        sinks.push(fixture.another_query(&specs).await);
+    }
+    let racers: Vec<_> = sinks
+        .iter()
+        .cloned()
+        .map(|sink| {
+            tokio::spawn(async move {
+                for batch in 1..=4 {
+                    let files = vec![write(&sink, 0, batch, vec![events(0, 10, 1)]).await, vec![]];
+                    sink.commit(&batch_commit(&sink, batch, files).await).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for racer in racers {
+        racer.await.unwrap();
+    }
+    let info = &sinks[0].load().await.unwrap()[0];
+    assert_eq!(info.others.len(), 3);
+    assert!(info.others.iter().all(|(_, marker)| marker.batch == 4));
+    let events_table = metadata(&sinks[0], 0).await;
+    assert_eq!(total(&events_table, "total-records"), "160");
+    assert_eq!(events_table.snapshots().len(), 16);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conflict_on_one_table_leaves_the_others_untouched() {
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &[]), spec("telemetry.minutes", &[])];
+    let sink = fixture.open(&specs).await.unwrap();
+    let before = sink.0.load_all().await.unwrap();
+    let other = fixture.another_query(&specs[1..]).await;
+    other.commit(&batch_commit(&other, 1, vec![vec![]]).await).await.unwrap();
+
+    let changes: Vec<_> = before
+        .iter()
+        .zip(&sink.0.tables)
+        .map(|(base, table)| catalog::TableChange {
+            table: table.name.clone(),
+            base: base.clone(),
+            metadata: base.metadata.as_ref().clone(),
+        })
+        .collect();
+    let error = sink.0.catalog.commit(&changes).await.unwrap_err();
+    assert!(matches!(error, catalog::CommitError::Conflict(_)), "{error:?}");
+    assert_eq!(sink.0.load_all().await.unwrap()[0].metadata_location, before[0].metadata_location);
+    let metadata_files = std::fs::read_dir(fixture.dir.path().join("warehouse/telemetry/events/metadata")).unwrap();
+    assert_eq!(metadata_files.count(), 1, "metadata of the failed attempt is deleted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_are_split_by_partition() {
+    let fixture = Fixture::new();
+    let specs = [spec("t.by_day", &["day(event_timestamp)"]), spec("t.mixed", &["device_id", "bucket(4, device_id)"])];
+    let sink = fixture.open(&specs).await.unwrap();
+    // One batch within a day, one over three days.
+    let rows = vec![events(0, 10, 1000), events(0, 6, DAY_US / 2)];
+    let by_day = write(&sink, 0, 1, rows.clone()).await;
+    assert_eq!(by_day.iter().map(|f| f.record_count()).sum::<u64>(), 16);
+    assert_eq!(by_day.len(), 3);
+    assert!(by_day.iter().any(|f| f.file_path().contains("/data/event_timestamp_day=2026-01-02/")));
+    let mixed = write(&sink, 1, 1, rows).await;
+    assert_eq!(mixed.len(), 5);
+    assert!(mixed.iter().any(|f| f.file_path().contains("/data/device_id=device-3/device_id_bucket=")));
+    sink.commit(&batch_commit(&sink, 1, vec![by_day, mixed]).await).await.unwrap();
+    assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "16");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_of_failed_attempts_go_and_committed_ones_stay() {
+    let fixture = Fixture::new();
+    let specs = [spec("t.events", &["day(event_timestamp)"])];
+    let sink = fixture.open(&specs).await.unwrap();
+    let other = fixture.another_query(&specs).await;
+    write(&sink, 0, 1, vec![events(0, 6, DAY_US / 2)]).await;
+    write(&sink, 0, 2, vec![events(0, 5, 1)]).await;
+    write(&other, 0, 1, vec![events(0, 5, 1)]).await;
+    let committed = write(&sink, 0, 1, vec![events(0, 6, DAY_US / 2)]).await;
+    assert_eq!(fixture.data_files("t.events").len(), 3 + 1 + 1 + 3);
+    assert_eq!(sink.remove_failed_attempts(1).await.unwrap(), 0, "nothing goes before the batch is committed");
+
+    sink.commit(&batch_commit(&sink, 1, vec![committed.clone()]).await).await.unwrap();
+    assert_eq!(sink.remove_failed_attempts(1).await.unwrap(), 3);
+    let left = fixture.data_files("t.events");
+    assert_eq!(left.len(), 5);
+    assert!(committed.iter().all(|f| left.iter().any(|path| f.file_path().ends_with(path.as_str()))));
+    assert_eq!(sink.remove_failed_attempts(1).await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_roll_at_the_target_size_and_empty_writers_leave_none() {
+    let fixture = Fixture::new();
+    let mut small = spec("t.events", &[]);
+    small.properties.insert("write.target-file-size-bytes".into(), "20000".into());
+    small.properties.insert("write.parquet.compression-codec".into(), "uncompressed".into());
+    let sink = fixture.open(&[small]).await.unwrap();
+    assert!(write(&sink, 0, 1, vec![events(0, 0, 1)]).await.is_empty());
+    let files = write(&sink, 0, 1, (0..10).map(|i| events(i * 1000, 1000, 1000)).collect()).await;
+    assert!(files.len() > 1, "{}", files.len());
+    assert_eq!(files.iter().map(|f| f.record_count()).sum::<u64>(), 10_000);
+    assert_eq!(fixture.data_files("t.events").len(), files.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn existing_tables_are_checked() {
+    let fixture = Fixture::new();
+    let name = |schema: Schema| TableSpec { schema: Arc::new(schema), ..spec("t.events", &[]) };
+    let column = |name: &str, kind: DataType, nullable: bool| Field::new(name, kind, nullable);
+    fixture
+        .open(&[name(Schema::new(vec![column("a", DataType::Int64, true), column("b", DataType::Utf8, true)]))])
+        .await
+        .unwrap();
+    // Fewer columns and narrower types fit.
+    fixture.open(&[name(Schema::new(vec![column("a", DataType::Int32, false)]))]).await.unwrap();
+    for (schema, complaint) in [
+        (Schema::new(vec![column("a", DataType::Utf8, true)]), "column \"a\" is Utf8 here and Int64 in the table"),
+        (Schema::new(vec![column("c", DataType::Utf8, true)]), "no column \"c\""),
+    ] {
+        let error = fixture.open(&[name(schema)]).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Fatal);
+        assert!(error.to_string().contains(complaint), "{error}");
+        assert!(error.to_string().contains("the table has:"), "{error}");
+    }
+    for wrong in ["event_timestamp", "day(device_id)", "day(nope)", "bucket(0, device_id)", "week(event_timestamp)"] {
+        let error = fixture.open(&[spec("t.other", &[wrong])]).await.unwrap_err();
+        assert!(error.to_string().contains(wrong), "{error}");
+    }
+}
+
+/// The dead letters' shape: lists of structs with binary values, whose field ids Iceberg assigns.
+#[tokio::test(flavor = "multi_thread")]
+async fn nested_columns_are_written() {
+    let fixture = Fixture::new();
+    let header =
+        Fields::from(vec![Field::new("name", DataType::Utf8, false), Field::new("value", DataType::Binary, true)]);
+    let item = Arc::new(Field::new("item", DataType::Struct(header.clone()), true));
+    let schema = Arc::new(Schema::new(vec![
+        Field::new("payload", DataType::Binary, true),
+        Field::new("headers", DataType::List(item.clone()), true),
+    ]));
+    let mut headers = ListBuilder::new(StructBuilder::from_fields(header, 1)).with_field(item);
+    headers.values().field_builder::<StringBuilder>(0).unwrap().append_value("trace");
+    headers.values().field_builder::<BinaryBuilder>(1).unwrap().append_value(b"\x01");
+    headers.values().append(true);
+    headers.append(true);
+    let payload = BinaryArray::from_iter_values([b"\xff{"]);
+    let rows = RecordBatch::try_new(schema.clone(), vec![Arc::new(payload), Arc::new(headers.finish())]).unwrap();
+    let sink = fixture.open(&[TableSpec { schema, ..spec("t.dead", &[]) }]).await.unwrap();
+    let files = write(&sink, 0, 1, vec![rows]).await;
+    assert_eq!(files[0].value_counts().len(), 3, "statistics of every leaf: {:?}", files[0].value_counts());
+    sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_catalog_is_transient() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    let commit = batch_commit(&sink, 1, vec![vec![]]).await;
+    let blocker = rusqlite::Connection::open(fixture.dir.path().join("db/catalog.db")).unwrap();
+    blocker.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let error = sink.commit(&commit).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Transient, "{error}");
+    blocker.execute_batch("ROLLBACK").unwrap();
+    assert!(!sink.commit(&commit).await.unwrap().already);
+}
+
+/// A catalog whose answers get lost: the commit happens, or does not, and nobody knows.
+#[derive(Debug)]
+struct LostReply {
+    inner: Arc<dyn Catalog>,
+    happens: bool,
+}
+
+#[async_trait::async_trait]
+impl Catalog for LostReply {
+    async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
+        self.inner.load(table).await
+    }
+
+    async fn create(&self, table: &TableName, creation: iceberg::TableCreation) -> Result<LoadedTable, Error> {
+        self.inner.create(table, creation).await
+    }
+
+    async fn commit(&self, changes: &[catalog::TableChange]) -> Result<(), catalog::CommitError> {
+        if self.happens {
+            self.inner.commit(changes).await?;
+        }
+        Err(Error::indeterminate("the reply was lost").into())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_of_unknown_outcome_is_looked_up() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    let commit = batch_commit(&sink, 1, vec![write(&sink, 0, 1, vec![events(0, 10, 1)]).await]).await;
+    for happens in [false, true] {
+        let inner = &sink.0;
+        let lossy = IcebergSink(Arc::new(Inner {
+            catalog: Arc::new(LostReply { inner: inner.catalog.clone(), happens }),
+            storage: inner.storage.clone(),
+            file_io: inner.file_io.clone(),
+            runtime: inner.runtime.clone(),
+            query_id: inner.query_id,
+            marker_property: inner.marker_property.clone(),
+            tables: vec![BoundTable { name: inner.tables[0].name.clone(), files: inner.tables[0].files.clone() }],
+        }));
+        match lossy.commit(&commit).await {
+            Ok(committed) => assert!(happens && !committed.already && committed.snapshots[0].is_some()),
+            Err(error) => assert!(!happens && error.kind() == Kind::Indeterminate, "{error}"),
+        }
+    }
+    assert!(sink.commit(&commit).await.unwrap().already);
+    assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "10");
+}
+
+/// Null, odd and escaped partition values, and more partitions than a worker keeps files open.
+#[tokio::test(flavor = "multi_thread")]
+async fn any_partition_value_makes_a_file() {
+    let fixture = Fixture::new();
+    let schema = Arc::new(Schema::new(vec![Field::new("name", DataType::Utf8, true)]));
+    let sink = fixture.open(&[TableSpec { schema: schema.clone(), ..spec("t.names", &["name"]) }]).await.unwrap();
+    let mut names = vec![None, Some("../a/b".to_string()), Some("100% é#1".into()), Some(String::new())];
+    names.extend((0..60).map(|i| Some(format!("n{i}"))));
+    let column: ArrayRef = Arc::new(StringArray::from_iter(names.iter().chain(&names).cloned()));
+    let rows = RecordBatch::try_new(schema, vec![column]).unwrap();
+    let files = write(&sink, 0, 1, vec![rows]).await;
+    assert_eq!(files.len(), names.len());
+    assert!(files.iter().all(|f| f.record_count() == 2));
+    assert!(files.iter().any(|f| f.file_path().contains("/data/name=..%2Fa%2Fb/")));
+    sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
+    assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "128");
+}
+
+/// Leaves tables for other readers to judge: `FLOE_INTEROP_DIR=… cargo test interop -- --ignored`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "writes to the folder that FLOE_INTEROP_DIR names"]
+async fn interop_tables() {
+    let dir = std::path::PathBuf::from(std::env::var("FLOE_INTEROP_DIR").unwrap());
+    let catalog = CatalogConfig::Sqlite {
+        path: dir.join("catalog.db"),
+        warehouse: dir.join("warehouse").to_str().unwrap().into(),
+    };
+    let specs = [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id"])];
+    let sink = IcebergSink::open(&catalog, Uuid::new_v4(), "interop", &specs).await.unwrap();
+    for batch in 1..=5 {
+        let rows = vec![events(batch * 1000, 1000, DAY_US / 500)];
+        let files = vec![write(&sink, 0, batch as u64, rows.clone()).await, write(&sink, 1, batch as u64, rows).await];
+        sink.commit(&batch_commit(&sink, batch as u64, files).await).await.unwrap();
+    }
+}

@@ -1,0 +1,470 @@
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray,
+};
+use arrow::compute::concat_batches;
+use arrow::datatypes::{DataType, Date32Type, Field, Float64Type, Int32Type, Int64Type, Schema, SchemaRef, TimeUnit};
+use arrow::record_batch::RecordBatch;
+
+use super::{Delta, Error, Lane, StateStore, WindowQuery, compact};
+use crate::config::{TableConfig, WindowConfig};
+
+const MINUTE: i64 = 60_000_000;
+const NEVER: i64 = i64::MIN / 1000;
+
+pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)]) -> WindowConfig {
+    WindowConfig {
+        table: TableConfig {
+            table: "telemetry.minutes".to_string(),
+            partition_by: Vec::new(),
+            sort_by: Vec::new(),
+            properties: Default::default(),
+            provenance: false,
+        },
+        size: Duration::from_micros(size_us),
+        group_by: group_by.iter().map(|s| s.to_string()).collect(),
+        aggregates: aggregates.iter().map(|(n, e)| (n.to_string(), e.to_string())).collect(),
+    }
+}
+
+fn schema() -> SchemaRef {
+    Arc::new(Schema::new(vec![
+        Field::new("t", DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())), true),
+        Field::new("device", DataType::Utf8, true),
+        Field::new("x", DataType::Float64, true),
+        Field::new("n", DataType::Int64, true),
+        Field::new("b", DataType::Boolean, true),
+    ]))
+}
+
+type Row<'a> = (Option<i64>, Option<&'a str>, Option<f64>, Option<i64>);
+
+fn batch(rows: &[Row]) -> RecordBatch {
+    let t = TimestampMicrosecondArray::from_iter(rows.iter().map(|r| r.0)).with_timezone("+00:00");
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(t),
+        Arc::new(StringArray::from_iter(rows.iter().map(|r| r.1))),
+        Arc::new(Float64Array::from_iter(rows.iter().map(|r| r.2))),
+        Arc::new(Int64Array::from_iter(rows.iter().map(|r| r.3))),
+        Arc::new(BooleanArray::from_iter(rows.iter().map(|r| r.3.map(|n| n % 2 == 0)))),
+    ];
+    RecordBatch::try_new(schema(), columns).unwrap()
+}
+
+fn queries(configs: &[WindowConfig]) -> Arc<[WindowQuery]> {
+    configs.iter().map(|c| WindowQuery::compile(c, &schema(), "t").unwrap()).collect()
+}
+
+const ALL: [(&str, &str); 9] = [
+    ("events", "count(*)"),
+    ("some", "COUNT(x)"),
+    ("sum_x", "sum(x)"),
+    ("sum_n", "sum(n)"),
+    ("avg_x", "avg(x)"),
+    ("avg_n", "avg(n)"),
+    ("min_x", "min(x)"),
+    ("max_x", "max(x)"),
+    ("max_d", "max(device)"),
+];
+
+fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
+    let mut lane = Lane::new(queries.clone(), 0, late_ms);
+    for batch in batches {
+        lane.update(batch).unwrap();
+    }
+    lane
+}
+
+fn close_all(store: &mut StateStore) -> (Vec<RecordBatch>, u64) {
+    let mut batches = Vec::new();
+    let mut overflowed = 0;
+    for window in store.close(i64::MAX / 1000 + 1) {
+        let (rows, count) = window.evaluate().unwrap();
+        batches.extend(rows);
+        overflowed += count;
+    }
+    (batches, overflowed)
+}
+
+fn run(configs: &[WindowConfig], rows: &[Row]) -> (RecordBatch, u64) {
+    let queries = queries(configs);
+    let mut store = StateStore::new(queries.clone());
+    store.merge_lanes(vec![lane(&queries, &[batch(rows)], NEVER)], NEVER, 1).unwrap();
+    let (batches, overflowed) = close_all(&mut store);
+    (concat_batches(&queries[0].output_schema(), &batches).unwrap(), overflowed)
+}
+
+/// Rows of many devices over some minutes, from a seed.
+fn stream(seed: u64, rows: usize) -> RecordBatch {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let devices: Vec<String> = (0..50).map(|i| format!("device-{i}")).collect();
+    let rows: Vec<Row> = (0..rows)
+        .map(|_| {
+            let time = (next() % (12 * MINUTE as u64)) as i64;
+            let device = devices.get((next() % 53) as usize).map(String::as_str);
+            let x = (next() % 11 != 0).then(|| (next() as f64) / 1e13 - 3e5);
+            (Some(time), device, x, Some(next() as i64 >> 8))
+        })
+        .collect();
+    batch(&rows)
+}
+
+#[test]
+fn every_aggregate_of_one_window() {
+    let rows = [
+        (Some(1), Some("a"), Some(1.5), Some(4)),
+        (Some(2), Some("a"), None, Some(5)),
+        (Some(3), None, Some(f64::NAN), None),
+        (Some(4), Some("a"), Some(f64::NEG_INFINITY), Some(-1)),
+        (Some(5), None, Some(2.0), None),
+    ];
+    let (out, overflowed) = run(&[config(MINUTE as u64, &["device"], &ALL)], &rows);
+    assert_eq!(overflowed, 0);
+    assert_eq!(out.num_rows(), 2);
+    assert_eq!(out.column(2).as_string::<i32>().iter().collect::<Vec<_>>(), [Some("a"), None]);
+    assert_eq!(out.column(3).as_primitive::<Int64Type>().values(), &[3, 2]);
+    assert_eq!(out.column(4).as_primitive::<Int64Type>().values(), &[2, 2]);
+    assert_eq!(out.column(5).as_primitive::<Float64Type>().value(0), f64::NEG_INFINITY);
+    let sums = out.column(6).as_primitive::<Int64Type>();
+    assert_eq!((sums.value(0), sums.is_null(1)), (8, true));
+    assert_eq!(out.column(8).as_primitive::<Float64Type>().value(0), 8.0 / 3.0);
+    assert_eq!(out.column(9).as_primitive::<Float64Type>().values(), &[f64::NEG_INFINITY, 2.0]);
+    assert_eq!(out.column(10).as_primitive::<Float64Type>().value(0), 1.5);
+    assert!(out.column(10).as_primitive::<Float64Type>().value(1).is_nan());
+    assert_eq!(out.column(11).as_string::<i32>().value(0), "a");
+    assert!(out.column(11).is_null(1));
+    assert_eq!(out.schema().field(0).name(), "window_start");
+    assert!(!out.schema().field(3).is_nullable() && out.schema().field(6).is_nullable());
+}
+
+#[test]
+fn keys_of_every_flat_type_and_none() {
+    let rows = [
+        (Some(1), Some("a"), Some(-0.0), Some(2)),
+        (Some(2), Some("a"), Some(0.0), Some(2)),
+        (Some(3), Some("a"), Some(f64::NAN), Some(2)),
+        (Some(4), Some("a"), Some(-f64::NAN), Some(2)),
+        (Some(5), Some("a"), None, Some(2)),
+    ];
+    let count = [("events", "count(*)")];
+    for keys in [&["x"][..], &["x", "device"], &["b", "x", "n"]] {
+        let (out, _) = run(&[config(MINUTE as u64, keys, &count)], &rows);
+        let x = out.column_by_name("x").unwrap().as_primitive::<Float64Type>();
+        assert_eq!(out.num_rows(), 3, "{keys:?}");
+        assert_eq!(x.value(0).to_bits(), 0.0f64.to_bits());
+        assert!(x.value(1).is_nan() && x.is_null(2));
+        assert_eq!(out.column_by_name("events").unwrap().as_primitive::<Int64Type>().values(), &[2, 2, 1]);
+    }
+    for (keys, groups) in [(&[][..], 1), (&["b"], 1), (&["n"], 1), (&["t"], 5), (&["t", "b"], 5)] {
+        assert_eq!(run(&[config(MINUTE as u64, keys, &count)], &rows).0.num_rows(), groups, "{keys:?}");
+    }
+    let input = Schema::new(vec![
+        schema().field(0).clone(),
+        Field::new("d", DataType::Date32, true),
+        Field::new("i", DataType::Int32, true),
+    ]);
+    let query = WindowQuery::compile(&config(1000, &["d", "i"], &count), &Arc::new(input.clone()), "t").unwrap();
+    let queries: Arc<[WindowQuery]> = vec![query].into();
+    let d: ArrayRef = Arc::new(arrow::array::PrimitiveArray::<Date32Type>::from(vec![1, 1, 2]));
+    let i: ArrayRef = Arc::new(arrow::array::PrimitiveArray::<Int32Type>::from(vec![Some(1), Some(1), None]));
+    let t: ArrayRef = Arc::new(TimestampMicrosecondArray::from(vec![5, 6, 7]).with_timezone("+00:00"));
+    let mut store = StateStore::new(queries.clone());
+    let rows = RecordBatch::try_new(Arc::new(input), vec![t, d, i]).unwrap();
+    store.merge_lanes(vec![lane(&queries, &[rows], NEVER)], NEVER, 1).unwrap();
+    assert_eq!(store.stats().queries[0].groups, 2);
+    assert!(store.stats().queries[0].bytes > 0);
+}
+
+#[test]
+fn an_integer_sum_never_wraps() {
+    let rows = [
+        (Some(1), Some("over"), None, Some(i64::MAX)),
+        (Some(1), Some("over"), None, Some(1)),
+        (Some(1), Some("back"), None, Some(i64::MAX)),
+        (Some(1), Some("back"), None, Some(10)),
+        (Some(1), Some("back"), None, Some(-11)),
+        (Some(1), Some("under"), None, Some(i64::MIN)),
+        (Some(1), Some("under"), None, Some(-1)),
+        (Some(1), Some("edge"), None, Some(i64::MIN)),
+    ];
+    let (out, overflowed) = run(&[config(MINUTE as u64, &["device"], &[("s", "sum(n)"), ("c", "count(*)")])], &rows);
+    let sums: Vec<Option<i64>> = out.column(3).as_primitive::<Int64Type>().iter().collect();
+    assert_eq!(sums, [None, Some(i64::MAX - 1), None, Some(i64::MIN)]);
+    assert_eq!(overflowed, 2);
+}
+
+#[test]
+fn an_expression_that_fails_on_a_row_counts_as_null_there() {
+    let configs = [config(MINUTE as u64, &[], &[("s", "sum(10 / n)"), ("c", "count(*)")])];
+    let queries = queries(&configs);
+    let rows = batch(&[(Some(1), None, None, Some(5)), (Some(2), None, None, Some(0)), (Some(3), None, None, Some(2))]);
+    let lane = lane(&queries, &[rows], NEVER);
+    assert_eq!(lane.failed_values(), [1]);
+    let mut store = StateStore::new(queries);
+    store.merge_lanes(vec![lane], NEVER, 1).unwrap();
+    let (out, _) = close_all(&mut store);
+    assert_eq!(out[0].column(2).as_primitive::<Int64Type>().value(0), 7);
+    assert_eq!(out[0].column(3).as_primitive::<Int64Type>().value(0), 3);
+}
+
+#[test]
+fn late_rows_and_rows_without_time_are_counted_exactly() {
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL), config(10, &[], &[("c", "count(*)")])]);
+    let rows = [
+        (Some(MINUTE - 1), Some("a"), None, None),
+        (Some(MINUTE), Some("a"), None, None),
+        (None, Some("a"), None, None),
+        (Some(-5), Some("a"), None, None),
+    ];
+    let lane = lane(&queries, &[batch(&rows), batch(&[])], 60_000);
+    assert_eq!(lane.late_rows(), [2, 2]);
+    assert_eq!(lane.rows_without_time(), 1);
+    assert_eq!(lane.max_event_time_us(), Some(MINUTE));
+    let before = super::tests::lane(&queries, &[batch(&rows[3..])], 0);
+    assert_eq!((before.max_event_time_us(), before.late_rows()), (Some(-5), &[1, 1][..]));
+    let null = super::tests::lane(&queries, &[batch(&rows[2..])], 0);
+    assert_eq!(null.max_event_time_us(), Some(0));
+    assert_eq!(super::tests::lane(&queries, &[batch(&[])], 0).max_event_time_us(), None);
+}
+
+#[test]
+fn times_at_the_ends_of_the_range() {
+    let times = [i64::MIN, i64::MIN + 1, -1, 0, i64::MAX - 1, i64::MAX];
+    let rows: Vec<Row> = times.iter().map(|t| (Some(*t), Some("a"), None, Some(1))).collect();
+    let (out, _) = run(&[config(MINUTE as u64, &["device"], &[("c", "count(*)")])], &rows);
+    let bounds: Vec<(i64, i64, i64)> = (0..out.num_rows())
+        .map(|i| {
+            let time = |c: usize| out.column(c).as_primitive::<arrow::datatypes::TimestampMicrosecondType>().value(i);
+            (time(0), time(1), out.column(3).as_primitive::<Int64Type>().value(i))
+        })
+        .collect();
+    assert_eq!(bounds.len(), 4);
+    assert_eq!((bounds[0].0, bounds[0].2), (i64::MIN, 2));
+    assert_eq!(bounds[1], (-MINUTE, 0, 1));
+    assert_eq!((bounds[3].1, bounds[3].2), (i64::MAX, 2));
+}
+
+#[test]
+fn many_windows_in_one_chunk() {
+    let rows: Vec<Row> = (0..1000).map(|i| (Some((i * 7919) % 100 * MINUTE), Some("a"), None, Some(i))).collect();
+    let (out, _) = run(&[config(MINUTE as u64, &["device"], &[("c", "count(*)")])], &rows);
+    assert_eq!(out.num_rows(), 100);
+    assert!(out.column(3).as_primitive::<Int64Type>().values().iter().all(|c| *c == 10));
+}
+
+#[test]
+fn the_result_does_not_depend_on_workers_or_chunks() {
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL), config(3 * MINUTE as u64, &[], &ALL)]);
+    let lanes = |chunk: usize| -> Vec<Lane> {
+        (0..5)
+            .map(|p| {
+                let rows = stream(p + 1, 3000);
+                let chunks: Vec<_> = (0..3000).step_by(chunk).map(|i| rows.slice(i, chunk.min(3000 - i))).collect();
+                lane(&queries, &chunks, 0)
+            })
+            .collect()
+    };
+    let outcome = |chunk, workers| {
+        let mut store = StateStore::new(queries.clone());
+        let first = store.merge_lanes(lanes(chunk), 120_000, workers).unwrap();
+        let second = store.merge_lanes(lanes(chunk), 120_000, workers).unwrap();
+        let rows = close_all(&mut store).0;
+        (first.bytes, second.bytes, bits(&rows))
+    };
+    let expected = outcome(3000, 1);
+    assert!(expected == outcome(3000, 4));
+    assert!(expected == outcome(97, 2));
+}
+
+/// Batches as bytes, so that NaN and the sign of zero count.
+fn bits(batches: &[RecordBatch]) -> Vec<u8> {
+    let mut writer = Vec::new();
+    for batch in batches {
+        let mut stream = arrow::ipc::writer::StreamWriter::try_new(&mut writer, &batch.schema()).unwrap();
+        stream.write(batch).unwrap();
+    }
+    writer
+}
+
+#[test]
+fn recovery_equals_the_unbroken_state() {
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL), config(2 * MINUTE as u64, &["b"], &ALL)]);
+    let mut store = StateStore::new(queries.clone());
+    let mut deltas: Vec<Delta> = Vec::new();
+    let mut evict_ms = 0;
+    for n in 0..6 {
+        let lanes = (0..3).map(|p| lane(&queries, &[stream(10 * n + p, 500)], evict_ms)).collect();
+        evict_ms = n as i64 * 60_000;
+        deltas.push(store.merge_lanes(lanes, evict_ms, 2).unwrap());
+        store.close(evict_ms);
+    }
+    let recover = |files: &[&Delta]| {
+        let mut store = StateStore::new(queries.clone());
+        for file in files {
+            store.apply(&file.bytes, evict_ms).unwrap();
+        }
+        store
+    };
+    let all: Vec<&Delta> = deltas.iter().collect();
+    let from_deltas = bits(&close_all(&mut recover(&all)).0);
+    let files: Vec<&[u8]> = deltas[..4].iter().map(|d| d.bytes.as_slice()).collect();
+    let compacted = compact(queries.clone(), &files, evict_ms).unwrap();
+    let from_compacted = bits(&close_all(&mut recover(&[&compacted, all[4], all[5]])).0);
+    let stats = store.stats();
+    let whole = store.encode_run().unwrap();
+    assert_eq!(store.stats().queries[0].groups, stats.queries[0].groups);
+    assert_eq!(whole.groups, stats.queries.iter().map(|q| q.groups).sum::<u64>());
+    assert_eq!(whole.max_window_end_us, Some(12 * MINUTE));
+    let from_run = bits(&close_all(&mut recover(&[&whole])).0);
+    let unbroken = bits(&close_all(&mut store).0);
+    assert!(!unbroken.is_empty());
+    assert!(unbroken == from_deltas && unbroken == from_run && unbroken == from_compacted);
+}
+
+#[test]
+fn closed_windows_are_not_in_the_delta() {
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL)]);
+    let mut store = StateStore::new(queries.clone());
+    let delta = store.merge_lanes(vec![lane(&queries, &[stream(1, 900)], 0)], 12 * 60_000, 2).unwrap();
+    assert_eq!((delta.groups, delta.max_window_end_us), (0, None));
+    assert_eq!(store.close(12 * 60_000).len(), 12);
+    let mut recovered = StateStore::new(queries);
+    recovered.apply(&delta.bytes, 0).unwrap();
+    assert_eq!(recovered.stats().queries[0].open_windows, 0);
+}
+
+#[test]
+fn damage_is_named_and_other_queries_refused() {
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL[..4])]);
+    let mut store = StateStore::new(queries.clone());
+    let rows = [(Some(1), Some("a"), Some(1.0), Some(1)), (Some(2), Some("b"), Some(1.0), Some(1))];
+    let good = store.merge_lanes(vec![lane(&queries, &[batch(&rows)], 0)], 0, 1).unwrap().bytes;
+    for i in 0..good.len() {
+        let mut bad = good.clone();
+        bad[i] ^= 0x10;
+        let error = StateStore::new(queries.clone()).apply(&bad, 0).unwrap_err();
+        assert!(matches!(error, Error::Damaged(_)), "byte {i}: {error}");
+        let error = StateStore::new(queries.clone()).apply(&good[..i], 0).unwrap_err();
+        assert!(matches!(error, Error::Damaged(_)), "cut at {i}: {error}");
+    }
+    StateStore::new(queries).apply(&good, 0).unwrap();
+    for other in [config(MINUTE as u64, &["device"], &ALL[..3]), config(MINUTE as u64 + 1, &["device"], &ALL[..4])] {
+        let error = StateStore::new(super::tests::queries(&[other])).apply(&good, 0).unwrap_err();
+        assert!(matches!(error, Error::OtherQueries { .. }), "{error}");
+    }
+}
+
+#[test]
+fn large_windows_come_in_several_batches() {
+    let ids: Vec<String> = (0..70_000).map(|i| format!("d{i}")).collect();
+    let rows: Vec<Row> = ids.iter().map(|id| (Some(1), Some(id.as_str()), Some(1.0), Some(1))).collect();
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL)]);
+    let mut store = StateStore::new(queries.clone());
+    store.merge_lanes(vec![lane(&queries, &[batch(&rows)], NEVER)], NEVER, 1).unwrap();
+    let (batches, _) = close_all(&mut store);
+    assert_eq!(batches.iter().map(RecordBatch::num_rows).collect::<Vec<_>>(), [65_536, 4_464]);
+}
+
+#[test]
+fn other_aggregates_are_refused_with_the_choices() {
+    let mistakes = [
+        ("a", "median(x)"),
+        ("b", "sum(x) / 2"),
+        ("c", "x"),
+        ("d", "count(distinct x)"),
+        ("e", "sum(device)"),
+        ("f", "sum(nothing)"),
+        ("g", "sum(x) filter (where x > 1)"),
+        ("window_start", "count(*)"),
+        ("h", "sum(x"),
+        ("i", "sum(x) over ()"),
+        ("j", "sum(cast(x as decimal(10, 2)))"),
+        ("device", "count(*)"),
+    ];
+    let errors = WindowQuery::compile(&config(0, &["device", "place"], &mistakes), &schema(), "when").err().unwrap();
+    println!("{errors:#?}");
+    assert_eq!(errors.len(), 15, "{errors:#?}");
+    assert!(errors.iter().any(|e| e.contains("count(...), sum(...), avg(...), min(...), max(...)")));
+    assert!(errors.iter().any(|e| e.contains("place") && e.contains("columns: t, device, x, n, b")));
+    let fine = [("a", "min(b)"), ("b", "max(t)"), ("c", "avg(n + 1)"), ("d", "sum(CASE WHEN b THEN 1 ELSE 0 END)")];
+    let query = WindowQuery::compile(&config(1, &[], &fine), &schema(), "t").unwrap();
+    let types: Vec<String> = query.output_schema().fields().iter().map(|f| f.data_type().to_string()).collect();
+    assert_eq!(types[2..], ["Boolean", "Timestamp(µs, \"+00:00\")", "Float64", "Int64"]);
+    let (out, _) = run(&[config(1, &[], &fine)], &[(Some(7), None, None, Some(3)), (Some(7), None, None, Some(4))]);
+    assert!(!out.column(2).as_boolean().value(0));
+    assert_eq!(out.column(5).as_primitive::<Int64Type>().value(0), 1);
+}
+
+/// `cargo test --release --lib state::tests::timing -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement, not a test"]
+fn timing() {
+    const DEVICES: u64 = 100_000;
+    const ROWS: usize = 4_000_000;
+    const CHUNK: usize = 20_000;
+    const LANES: usize = 8;
+    let aggregates = [("c", "count(*)"), ("a", "avg(x)"), ("l", "min(x)"), ("h", "max(x)"), ("s", "sum(n)")];
+    let queries = queries(&[config(MINUTE as u64, &["device"], &aggregates)]);
+    let ids: Vec<String> = (0..DEVICES).map(|i| format!("device-{i:06}")).collect();
+    let chunks: Vec<RecordBatch> = (0..ROWS / CHUNK)
+        .map(|c| {
+            let rows: Vec<Row> = (0..CHUNK)
+                .map(|r| {
+                    let n = (c * CHUNK + r) as u64;
+                    let hash = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (n << 17);
+                    let time = n as i64 * 360 + (hash >> 30) as i64 % 30_000_000;
+                    let device = (hash >> 20) % DEVICES / LANES as u64 * LANES as u64 + (c % LANES) as u64;
+                    (Some(time), Some(ids[device as usize].as_str()), Some(hash as f64), Some(n as i64))
+                })
+                .collect();
+            batch(&rows)
+        })
+        .collect();
+    let mut store = StateStore::new(queries.clone());
+    let (mut update, mut merge, mut groups, mut bytes) = (Duration::ZERO, Duration::ZERO, 0, 0);
+    for part in chunks.chunks(50) {
+        let begin = Instant::now();
+        let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), 0, 0)).collect();
+        for (i, chunk) in part.iter().enumerate() {
+            lanes[i % LANES].update(chunk).unwrap();
+        }
+        update += begin.elapsed();
+        let begin = Instant::now();
+        let delta = store.merge_lanes(lanes, 0, 1).unwrap();
+        merge += begin.elapsed();
+        groups += delta.groups;
+        bytes += delta.bytes.len();
+    }
+    let begin = Instant::now();
+    let run = store.encode_run().unwrap();
+    let encode = begin.elapsed();
+    let begin = Instant::now();
+    StateStore::new(queries).apply(&run.bytes, 0).unwrap();
+    let apply = begin.elapsed();
+    let memory = store.stats().queries[0].clone();
+    let begin = Instant::now();
+    let rows: usize = close_all(&mut store).0.iter().map(RecordBatch::num_rows).sum();
+    let close = begin.elapsed();
+    let per = |d: Duration, n: usize| d.as_nanos() as f64 / n as f64;
+    println!("update {:.0} ns/row", per(update, ROWS));
+    println!(
+        "merge + encode {:.0} ns/group ({groups} groups, {} bytes each)",
+        per(merge, groups as usize),
+        bytes / groups as usize
+    );
+    println!("run {:.0}, recovery {:.0}, close {:.0} ns/group", per(encode, rows), per(apply, rows), per(close, rows));
+    println!(
+        "{} groups in {} windows, {} bytes each",
+        memory.groups,
+        memory.open_windows,
+        memory.bytes / memory.groups
+    );
+}

@@ -1,1 +1,0 @@
-//! SQL filter and derived columns, by DataFusion's expressions.

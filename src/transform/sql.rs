@@ -1,0 +1,320 @@
+//! SQL text to DataFusion expressions over the columns of a batch.
+//!
+//! Owns: parsing, planning, type coercion, simplification, the functions that may be called, evaluation row by row when
+//! the evaluation of a whole batch fails. Does not own: what an expression is for.
+//! Only functions that give the same result whenever they run are known here: a batch that is replayed must come out the
+//! same. Integer arithmetic that overflows is an error of its row; it never wraps.
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
+
+use arrow::array::{Array, ArrayRef, RecordBatchOptions, new_null_array};
+use arrow::compute::{cast_with_options, concat};
+use arrow::datatypes::{DataType, SchemaRef, TimeUnit};
+use arrow::record_batch::RecordBatch;
+use datafusion_common::config::ConfigOptions;
+use datafusion_common::format::DEFAULT_CAST_OPTIONS;
+use datafusion_common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
+use datafusion_common::{DFSchema, DataFusionError, TableReference, plan_err};
+use datafusion_expr::execution_props::ExecutionProps;
+use datafusion_expr::planner::{ContextProvider, ExprPlanner};
+use datafusion_expr::simplify::SimplifyContext;
+use datafusion_expr::{
+    AggregateUDF, Expr, ExprSchemable, Operator, ScalarUDF, TableSource, Volatility, WindowUDF, lit,
+};
+use datafusion_functions_aggregate::{average, count, min_max, sum};
+use datafusion_optimizer::simplify_expressions::ExprSimplifier;
+use datafusion_physical_expr::expressions::{BinaryExpr, lit as physical_lit};
+use datafusion_physical_expr::{PhysicalExpr, create_physical_expr};
+use datafusion_sql::parser::DFParser;
+use datafusion_sql::planner::{ParserOptions, PlannerContext, SqlToRel};
+
+/// The aggregates that a window can compute.
+pub const AGGREGATES: [&str; 5] = ["count", "sum", "avg", "min", "max"];
+
+static FUNCTIONS: LazyLock<Functions> = LazyLock::new(Functions::new);
+
+/// What SQL text can name, besides columns.
+struct Functions {
+    scalar: HashMap<String, Arc<ScalarUDF>>,
+    aggregate: HashMap<&'static str, Arc<AggregateUDF>>,
+    planners: Vec<Arc<dyn ExprPlanner>>,
+    options: ConfigOptions,
+}
+
+impl Functions {
+    fn new() -> Self {
+        let mut scalar = HashMap::new();
+        for function in datafusion_functions::all_default_functions() {
+            if function.signature().volatility == Volatility::Immutable {
+                for alias in function.aliases() {
+                    scalar.insert(alias.clone(), function.clone());
+                }
+                scalar.insert(function.name().to_string(), function);
+            }
+        }
+        let aggregate = HashMap::from([
+            ("count", count::count_udaf()),
+            ("sum", sum::sum_udaf()),
+            ("avg", average::avg_udaf()),
+            ("min", min_max::min_udaf()),
+            ("max", min_max::max_udaf()),
+        ]);
+        let planners: Vec<Arc<dyn ExprPlanner>> = vec![
+            Arc::new(datafusion_functions::core::planner::CoreFunctionPlanner::default()),
+            Arc::new(datafusion_functions::datetime::planner::DatetimeFunctionPlanner),
+            Arc::new(datafusion_functions::unicode::planner::UnicodeFunctionPlanner),
+        ];
+        Functions { scalar, aggregate, planners, options: ConfigOptions::default() }
+    }
+}
+
+impl ContextProvider for &Functions {
+    fn get_table_source(&self, name: TableReference) -> datafusion_common::Result<Arc<dyn TableSource>> {
+        plan_err!("there is no table {name} here, an expression can only refer to columns")
+    }
+
+    fn get_expr_planners(&self) -> &[Arc<dyn ExprPlanner>] {
+        &self.planners
+    }
+
+    fn get_function_meta(&self, name: &str) -> Option<Arc<ScalarUDF>> {
+        self.scalar.get(name).cloned()
+    }
+
+    fn get_aggregate_meta(&self, name: &str) -> Option<Arc<AggregateUDF>> {
+        self.aggregate.get(name).cloned()
+    }
+
+    fn get_window_meta(&self, _name: &str) -> Option<Arc<WindowUDF>> {
+        None
+    }
+
+    fn get_variable_type(&self, _names: &[String]) -> Option<DataType> {
+        None
+    }
+
+    fn options(&self) -> &ConfigOptions {
+        &self.options
+    }
+
+    fn udf_names(&self) -> Vec<String> {
+        self.scalar.keys().cloned().collect()
+    }
+
+    fn udaf_names(&self) -> Vec<String> {
+        self.aggregate.keys().map(|name| name.to_string()).collect()
+    }
+
+    fn udwf_names(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// The columns that an expression can refer to. Names are case-sensitive, as in JSON.
+pub struct Scope {
+    schema: SchemaRef,
+    columns: Arc<DFSchema>,
+}
+
+impl Scope {
+    pub fn new(schema: &SchemaRef) -> Result<Scope, String> {
+        let columns = DFSchema::try_from(schema.as_ref().clone()).map_err(|e| first_line(&e))?;
+        Ok(Scope { schema: schema.clone(), columns: Arc::new(columns) })
+    }
+
+    /// Parses, resolves and types an expression. The error says what is wrong with it and which columns there are.
+    pub fn parse(&self, sql: &str) -> Result<Expr, String> {
+        let parsed = DFParser::parse_sql_into_expr(sql).map_err(|e| self.explain(&e))?;
+        if parsed.alias.is_some() {
+            return Err("an expression takes no alias (AS)".to_string());
+        }
+        let options =
+            ParserOptions::new().with_enable_ident_normalization(false).with_map_string_types_to_utf8view(false);
+        let functions = &*FUNCTIONS;
+        let planner = SqlToRel::new_with_options(&functions, options);
+        let expr = planner
+            .sql_to_expr(parsed.expr, &self.columns, &mut PlannerContext::new())
+            .map_err(|e| self.explain(&e))?;
+        refuse_subqueries(&expr)?;
+        let expr = count_rows_for_wildcard(expr);
+        let context = SimplifyContext::default().with_schema(self.columns.clone());
+        let simplifier = ExprSimplifier::new(context);
+        let expr = simplifier.coerce(expr, &self.columns).map_err(|e| self.explain(&e))?;
+        simplifier.simplify(expr).map_err(|e| self.explain(&e))
+    }
+
+    /// The expression ready to run. One that fails without looking at any row is refused here.
+    pub fn physical(&self, expr: &Expr) -> Result<Arc<dyn PhysicalExpr>, String> {
+        let physical =
+            create_physical_expr(expr, &self.columns, &ExecutionProps::new()).map_err(|e| self.explain(&e))?;
+        let checked = physical.transform_up(|node| self.check(node)).map_err(|e| self.explain(&e))?.data;
+        checked.evaluate(&RecordBatch::new_empty(self.schema.clone())).map_err(|e| first_line(&e))?;
+        Ok(checked)
+    }
+
+    pub fn data_type(&self, expr: &Expr) -> Result<DataType, String> {
+        expr.get_type(&self.columns).map_err(|e| self.explain(&e))
+    }
+
+    pub fn cast(&self, expr: Expr, data_type: &DataType) -> Result<Expr, String> {
+        expr.cast_to(data_type, &self.columns).map_err(|e| self.explain(&e))
+    }
+
+    /// Arithmetic that fails instead of wrapping; comparisons of floats for which -0.0 equals 0.0 (Arrow orders them).
+    fn check(&self, node: Arc<dyn PhysicalExpr>) -> datafusion_common::Result<Transformed<Arc<dyn PhysicalExpr>>> {
+        let Some(binary) = node.as_any().downcast_ref::<BinaryExpr>() else { return Ok(Transformed::no(node)) };
+        let op = *binary.op();
+        if is_arithmetic(op) {
+            return Ok(Transformed::yes(Arc::new(binary.clone().with_fail_on_overflow(true))));
+        }
+        if is_comparison(op) && binary.left().data_type(&self.schema)? == DataType::Float64 {
+            let plus_zero = |side: &Arc<dyn PhysicalExpr>| -> Arc<dyn PhysicalExpr> {
+                Arc::new(BinaryExpr::new(side.clone(), Operator::Plus, physical_lit(0.0)))
+            };
+            let both = BinaryExpr::new(plus_zero(binary.left()), op, plus_zero(binary.right()));
+            return Ok(Transformed::yes(Arc::new(both)));
+        }
+        Ok(Transformed::no(node))
+    }
+
+    fn explain(&self, error: &DataFusionError) -> String {
+        let names: Vec<&str> = self.schema.fields().iter().map(|f| f.name().as_str()).collect();
+        format!("{}; columns: {}", first_line(error), names.join(", "))
+    }
+}
+
+/// `count(*)` counts a constant.
+fn count_rows_for_wildcard(expr: Expr) -> Expr {
+    match expr {
+        Expr::AggregateFunction(mut aggregate) if aggregate.func.name() == "count" => {
+            #[allow(deprecated)] // the parser still produces it
+            let wildcard = matches!(aggregate.params.args.as_slice(), [] | [Expr::Wildcard { .. }]);
+            if wildcard {
+                aggregate.params.args = vec![lit(1i64)];
+            }
+            Expr::AggregateFunction(aggregate)
+        }
+        other => other,
+    }
+}
+
+fn refuse_subqueries(expr: &Expr) -> Result<(), String> {
+    let mut refused = None;
+    let walked = expr.apply(|node| {
+        refused = match node {
+            Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_) => {
+                Some("a subquery cannot run on a stream")
+            }
+            Expr::WindowFunction(_) => Some("OVER (...) cannot run on a stream; windows are configured in [[windows]]"),
+            Expr::Placeholder(_) => Some("placeholders have no value here"),
+            _ => None,
+        };
+        Ok(if refused.is_some() { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+    });
+    match (walked, refused) {
+        (Err(e), _) => Err(first_line(&e)),
+        (_, Some(why)) => Err(why.to_string()),
+        _ => Ok(()),
+    }
+}
+
+fn is_comparison(op: Operator) -> bool {
+    use Operator::{Eq, Gt, GtEq, IsDistinctFrom, IsNotDistinctFrom, Lt, LtEq, NotEq};
+    matches!(op, Eq | NotEq | Lt | LtEq | Gt | GtEq | IsDistinctFrom | IsNotDistinctFrom)
+}
+
+fn is_arithmetic(op: Operator) -> bool {
+    matches!(op, Operator::Plus | Operator::Minus | Operator::Multiply | Operator::Divide | Operator::Modulo)
+}
+
+/// DataFusion's messages without their suggestions and backtraces.
+pub fn first_line(error: &DataFusionError) -> String {
+    let text = error.strip_backtrace();
+    text.lines().next().unwrap_or_default().trim_end_matches('.').to_string()
+}
+
+/// The type under which tables keep values of `data_type`; `None` if they cannot.
+pub fn column_type(data_type: &DataType) -> Option<DataType> {
+    Some(match data_type {
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
+        DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::UInt8 | DataType::UInt16 => DataType::Int32,
+        DataType::Int64 | DataType::UInt32 | DataType::UInt64 => DataType::Int64,
+        DataType::Float16 | DataType::Float32 | DataType::Float64 => DataType::Float64,
+        DataType::Boolean => DataType::Boolean,
+        DataType::Date32 | DataType::Date64 => DataType::Date32,
+        DataType::Time64(_) | DataType::Time32(_) => DataType::Time64(TimeUnit::Microsecond),
+        DataType::Timestamp(_, None) => DataType::Timestamp(TimeUnit::Microsecond, None),
+        DataType::Timestamp(_, Some(_)) => DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())),
+        DataType::Decimal128(precision, scale) if *scale >= 0 => DataType::Decimal128(*precision, *scale),
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => DataType::Binary,
+        _ => return None,
+    })
+}
+
+/// Evaluates to an array of `target`, which [`column_type`] gave. A value that does not fit is an error.
+pub fn evaluate(
+    expr: &Arc<dyn PhysicalExpr>,
+    batch: &RecordBatch,
+    target: &DataType,
+) -> Result<ArrayRef, DataFusionError> {
+    let array = expr.evaluate(batch)?.into_array(batch.num_rows())?;
+    if array.data_type() == target {
+        return Ok(array);
+    }
+    Ok(cast_with_options(&array, target, &DEFAULT_CAST_OPTIONS)?)
+}
+
+/// As [`evaluate`], but a row that cannot be evaluated is null. Also gives the number of such rows.
+pub fn evaluate_or_null(
+    expr: &Arc<dyn PhysicalExpr>,
+    batch: &RecordBatch,
+    target: &DataType,
+) -> Result<(ArrayRef, u64), DataFusionError> {
+    if let Ok(array) = evaluate(expr, batch, target) {
+        return Ok((array, 0));
+    }
+    let failed = failing_rows(batch, &|rows| evaluate(expr, rows, target).map(|_| ()));
+    let mut pieces = Vec::with_capacity(2 * failed.len() + 1);
+    let mut next = 0;
+    for (row, _) in &failed {
+        pieces.push(evaluate(expr, &batch.slice(next, row - next), target)?);
+        pieces.push(new_null_array(target, 1));
+        next = row + 1;
+    }
+    pieces.push(evaluate(expr, &batch.slice(next, batch.num_rows() - next), target)?);
+    let pieces: Vec<&dyn Array> = pieces.iter().map(|p| p.as_ref()).collect();
+    Ok((concat(&pieces)?, failed.len() as u64))
+}
+
+/// The rows on which `evaluate` fails, each with its message, in order: halves the batch until single rows remain.
+pub fn failing_rows(
+    batch: &RecordBatch,
+    evaluate: &dyn Fn(&RecordBatch) -> Result<(), DataFusionError>,
+) -> Vec<(usize, String)> {
+    let mut failed = Vec::new();
+    let mut ranges = vec![(0, batch.num_rows())];
+    while let Some((start, len)) = ranges.pop() {
+        if len == 0 {
+            continue;
+        }
+        if let Err(error) = evaluate(&batch.slice(start, len)) {
+            if len == 1 {
+                failed.push((start, first_line(&error)));
+            } else {
+                ranges.push((start + len / 2, len - len / 2));
+                ranges.push((start, len / 2));
+            }
+        }
+    }
+    failed
+}
+
+/// A batch that may have no columns.
+pub fn batch_of(
+    schema: SchemaRef,
+    columns: Vec<ArrayRef>,
+    rows: usize,
+) -> Result<RecordBatch, arrow::error::ArrowError> {
+    RecordBatch::try_new_with_options(schema, columns, &RecordBatchOptions::new().with_row_count(Some(rows)))
+}
