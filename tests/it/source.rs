@@ -43,6 +43,19 @@ fn ranges(all: &[(&str, i32, i64, i64)]) -> Ranges {
     all.iter().map(|&(t, p, start, end)| (TopicPartition::new(t, p), OffsetRange { start, end })).collect()
 }
 
+/// A transaction's marker is written a moment after its commit returns.
+fn wait_for(source: &mut KafkaSource, expected: &Ranges) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = everything(source);
+        if found == *expected {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{found:?} is not {expected:?}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Everything that is available, as one batch.
 fn everything(source: &mut KafkaSource) -> Ranges {
     source.available().unwrap().partitions
@@ -189,10 +202,10 @@ fn ranges_that_end_in_transactions_end_promptly() {
         offsets(&values, topic, 0)
     };
     transaction(true, 5); // 0..5 and a marker at 5
-    assert_eq!(everything(&mut source), ranges(&[(topic, 0, 0, 6)]));
+    wait_for(&mut source, &ranges(&[(topic, 0, 0, 6)]));
     assert_eq!(read(&mut source, 0, 6), [0, 1, 2, 3, 4]);
     transaction(false, 1000); // 6..1006 and a marker at 1006
-    assert_eq!(everything(&mut source), ranges(&[(topic, 0, 0, 1007)]));
+    wait_for(&mut source, &ranges(&[(topic, 0, 0, 1007)]));
     assert_eq!(read(&mut source, 6, 500), [0i64; 0]);
     assert_eq!(read(&mut source, 500, 1007), [0i64; 0]);
     transaction(true, 1); // 1007 and a marker at 1008
@@ -202,7 +215,7 @@ fn ranges_that_end_in_transactions_end_promptly() {
     producer.begin_transaction().unwrap();
     producer.send(BaseRecord::<(), str>::to(topic).partition(0).payload("open")).map_err(|(e, _)| e).unwrap();
     producer.flush(timeout).unwrap();
-    assert_eq!(everything(&mut source), ranges(&[(topic, 0, 0, 1015)]));
+    wait_for(&mut source, &ranges(&[(topic, 0, 0, 1015)]));
     for (start, end, expected) in [(1007, 1010, vec![1007]), (1010, 1013, vec![]), (1013, 1015, vec![1013])] {
         assert_eq!(read(&mut source, start, end), expected);
     }
@@ -212,7 +225,7 @@ fn ranges_that_end_in_transactions_end_promptly() {
         assert_eq!(read(&mut source, start, end), expected);
     }
     let mut all = source_with(broker, &[topic], &[("isolation.level", "read_uncommitted")], ChunkSettings::default());
-    assert_eq!(everything(&mut all), ranges(&[(topic, 0, 0, 1016)]));
+    wait_for(&mut all, &ranges(&[(topic, 0, 0, 1016)]));
     let values = collect(all.read(&ranges(&[(topic, 0, 1000, 1016)])).unwrap()).unwrap();
     assert_eq!(offsets(&values, topic, 0), [1000, 1001, 1002, 1003, 1004, 1005, 1007, 1009, 1010, 1011, 1013, 1015]);
     producer.abort_transaction(timeout).unwrap();

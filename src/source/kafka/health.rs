@@ -42,7 +42,10 @@ impl Health {
         if refuses_credentials(code) {
             state.refused = Some(reason.to_string());
         }
-        state.last_reason = Some(reason.to_string());
+        // That all are down is a summary, which says less than what came before it.
+        if code != Code::AllBrokersDown as i32 || state.last_reason.is_none() {
+            state.last_reason = Some(reason.to_string());
+        }
         if state.down_since.is_none() {
             state.down_since = Some(Instant::now());
             self.down.store(true, Ordering::Relaxed);
