@@ -710,6 +710,14 @@ fn the_fingerprint_changes_with_what_a_batch_means_and_with_nothing_else() {
 }
 
 #[test]
+fn the_guarantee_follows_from_the_configuration() {
+    assert_eq!(load_ok(MINIMAL).guarantee(), "exactly once; 2 tables appear together (sqlite)");
+    let text = FULL.replace("\"session.timeout.ms\" = 45000", "\"isolation.level\" = \"read_uncommitted\"");
+    let guarantee = load_ok(&text).guarantee();
+    assert!(guarantee.contains("aborted transactions included, but offsets that expire"), "{guarantee}");
+}
+
+#[test]
 fn every_setting_is_in_the_readme_with_its_default() {
     let readme = include_str!("../../README.md");
     for setting in SETTINGS {

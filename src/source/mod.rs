@@ -17,13 +17,23 @@ pub enum Error {
     Transient { message: String },
     #[error("{message}")]
     Fatal { message: String },
+    /// Records that a plan promised are gone from the brokers. What then happens is the query's decision.
+    #[error("{partition}: records from offset {wanted} on were planned, but {}", describe(*.available))]
+    DataLoss { partition: TopicPartition, wanted: i64, available: Option<OffsetRange> },
+}
+
+fn describe(available: Option<OffsetRange>) -> String {
+    match available {
+        Some(r) => format!("the brokers hold only offsets {} to {} (exclusive) now", r.start, r.end),
+        None => "the brokers no longer hold them".into(),
+    }
 }
 
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Error::Transient { .. } => Kind::Transient,
-            Error::Fatal { .. } => Kind::Fatal,
+            Error::Fatal { .. } | Error::DataLoss { .. } => Kind::Fatal,
         }
     }
 }

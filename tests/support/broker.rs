@@ -218,6 +218,7 @@ impl Broker {
                 .create_with_context(Deliveries::default())
                 .expect("producer")
         });
+        let deadline = Instant::now() + Duration::from_secs(60);
         for r in records {
             let mut headers = OwnedHeaders::new();
             for (key, value) in &r.headers {
@@ -230,8 +231,16 @@ impl Broker {
             record.timestamp = r.timestamp_ms;
             record.headers = (!r.headers.is_empty()).then_some(headers);
             while let Err((error, again)) = producer.send(record) {
-                let full = KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull);
-                assert_eq!(error, full, "produce to {topic}");
+                match error {
+                    KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) => {}
+                    // The topic has grown or is new since the producer asked last.
+                    KafkaError::MessageProduction(
+                        RDKafkaErrorCode::UnknownPartition | RDKafkaErrorCode::UnknownTopic,
+                    ) if Instant::now() < deadline => {
+                        let _ = producer.client().fetch_metadata(Some(topic), Duration::from_secs(5));
+                    }
+                    error => panic!("produce to {topic}: {error}"),
+                }
                 thread::sleep(Duration::from_millis(5));
                 record = again;
             }
