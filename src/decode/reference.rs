@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 //! The same verdicts reached another way: serde_json reads the whole document, then the schema is applied to it. Slow
 //! and plain; what [`super::Decoder`] is compared with.
 
@@ -177,4 +174,3 @@ fn date_time(s: &str) -> Option<i64> {
         _ => Some((minutes * 60 + i64::from(sec)) * 1_000_000 + fraction),
     }
 }
->>>>>>> main

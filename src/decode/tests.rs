@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::{DataType, Date32Type, Float64Type, Int32Type, Int64Type, TimestampMicrosecondType};
 use proptest::prelude::*;
@@ -737,4 +734,3 @@ proptest! {
         }
     }
 }
->>>>>>> main
