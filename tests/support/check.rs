@@ -51,10 +51,13 @@ pub fn produced(broker: &Broker, topic: &str, partitions: i32) -> Produced {
 
 /// How many offsets are in the tables now; 0 before there are tables.
 pub fn offsets_in_tables(tables: &Tables) -> u64 {
-    let sql = "select (select count(*) from {telemetry.events}) + (select count(*) from {telemetry.dead_letters} where offset is not null)";
+    let sql = "select (select count(*) from {telemetry.events}) \
+               + (select count(*) from {telemetry.dead_letters} where \"offset\" is not null)";
     match tables.try_query::<(u64,)>(sql) {
         Ok(rows) => rows[0].0,
-        Err(_) => 0,
+        // The first batch creates them.
+        Err(e) if e.contains("NoSuch") || e.contains("no such table") || e.contains("unable to open") => 0,
+        Err(e) => panic!("{e}"),
     }
 }
 
