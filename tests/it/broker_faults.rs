@@ -58,7 +58,7 @@ fn during_a_batch(disturb: impl Fn(&Broker), restore: impl Fn(&Broker)) {
     fill(&broker, TOPIC, &telemetry());
     let mut pipeline = Pipeline::new(&broker.bootstrap, TOPIC);
     // Little is fetched ahead, so that the batch cannot finish from memory.
-    pipeline.set("execution.buffer", "1 MiB").kafka("fetch.message.max.bytes", "4096");
+    pipeline.set("execution.buffer", "16 MiB").kafka("fetch.message.max.bytes", "4096");
     let mut floe = pipeline.spawn_with(&[("FLOE_FAILPOINT", "execute.chunk:stop")]);
     floe.until_stopped();
     disturb(&broker);

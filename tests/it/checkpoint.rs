@@ -117,7 +117,9 @@ fn a_table_dropped_and_recreated_is_refused() {
     pipeline.run_failing("commit_log.after_put:kill:2").expect_killed();
     let tables = pipeline.tables();
     let saved = pipeline.dir().join("saved.db");
-    fs::copy(pipeline.catalog(), &saved).unwrap();
+    let catalog = rusqlite::Connection::open(pipeline.catalog()).unwrap();
+    catalog.execute("vacuum into ?1", [saved.to_str()]).unwrap();
+    drop(catalog);
     for table in [ROWS, WINDOWS, DEAD_LETTERS] {
         tables.recreate(table);
         pipeline.spawn().wait().expect_code(3).expect_output(&[table]);

@@ -24,7 +24,7 @@ fn the_later_of_two_survives() {
     pipeline.service("100 ms");
     let mut second = pipeline.spawn();
     broker.produce_records(topic, records(&telemetry(), 1_500..3_000));
-    first.wait().expect_code(3).expect_output(&["owner"]);
+    first.wait().expect_code(3).expect_output(&["another process owns"]);
     until_in_tables(&mut second, &tables, 3_000);
     second.terminate();
     second.wait().expect_code(0);

@@ -101,7 +101,7 @@ fn two_processes_on_one_checkpoint_on_s3() {
         let before = offsets_in_tables(&pipeline.tables());
         pipeline.run_failing("plan.after_put:kill").expect_killed();
         first.signal(libc::SIGCONT);
-        first.wait().expect_code(3).expect_output(&["owner"]);
+        first.wait().expect_code(3).expect_output(&["another process owns"]);
         assert!(offsets_in_tables(&pipeline.tables()) >= before);
     }
     pipeline.run();
