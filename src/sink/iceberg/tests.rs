@@ -431,14 +431,15 @@ async fn any_partition_value_makes_a_file() {
     assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "128");
 }
 
-/// Leaves tables for other readers to judge: `FLOE_INTEROP_DIR=… cargo test interop -- --ignored`.
+/// Leaves tables for other readers to judge: `FLOE_INTEROP_DIR=… cargo test interop -- --ignored`; with
+/// `FLOE_INTEROP_WAREHOUSE=s3://…` in a bucket.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "writes to the folder that FLOE_INTEROP_DIR names"]
 async fn interop_tables() {
     let dir = std::path::PathBuf::from(std::env::var("FLOE_INTEROP_DIR").unwrap());
     let catalog = CatalogConfig::Sqlite {
         path: dir.join("catalog.db"),
-        warehouse: dir.join("warehouse").to_str().unwrap().into(),
+        warehouse: std::env::var("FLOE_INTEROP_WAREHOUSE").unwrap_or(dir.join("warehouse").to_str().unwrap().into()),
     };
     let specs = [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id"])];
     let sink = IcebergSink::open(&catalog, Uuid::new_v4(), "interop", &specs).await.unwrap();
