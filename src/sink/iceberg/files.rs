@@ -366,7 +366,8 @@ pub fn writer_properties(
         parsed
     };
     let mut builder = WriterProperties::builder()
-        .set_created_by(concat!("floe ", env!("CARGO_PKG_VERSION")).to_string())
+        // Java readers trust the statistics of strings only where they can parse this form.
+        .set_created_by(concat!("floe version ", env!("CARGO_PKG_VERSION")).to_string())
         .set_compression(compression(table, properties))
         .set_dictionary_enabled(false)
         .set_max_row_group_bytes(Some(bytes("row-group-size-bytes").unwrap_or(128 << 20)));

@@ -318,7 +318,7 @@ async fn existing_tables_are_checked() {
         let error = fixture.open(&[name(schema)]).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Fatal);
         assert!(error.to_string().contains(complaint), "{error}");
-        assert!(error.to_string().contains("the table has:"), "{error}");
+        assert!(error.to_string().contains("the table has:    a long, b string"), "{error}");
     }
     for wrong in ["event_timestamp", "day(device_id)", "day(nope)", "bucket(0, device_id)", "week(event_timestamp)"] {
         let error = fixture.open(&[spec("t.other", &[wrong])]).await.unwrap_err();
@@ -348,6 +348,30 @@ async fn nested_columns_are_written() {
     let files = write(&sink, 0, 1, vec![rows]).await;
     assert_eq!(files[0].value_counts().len(), 3, "statistics of every leaf: {:?}", files[0].value_counts());
     sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn catalogs_of_older_programs_and_other_files_are_told_apart() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(fixture.dir.path().join("db")).unwrap();
+    let path = fixture.dir.path().join("db/catalog.db");
+    rusqlite::Connection::open(&path)
+        .unwrap()
+        .execute_batch(
+            "CREATE TABLE iceberg_tables (catalog_name TEXT, table_namespace TEXT, table_name TEXT, metadata_location TEXT,
+             previous_metadata_location TEXT, PRIMARY KEY (catalog_name, table_namespace, table_name))",
+        )
+        .unwrap();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    sink.commit(&batch_commit(&sink, 1, vec![vec![]]).await).await.unwrap();
+    assert_eq!(sink.load().await.unwrap()[0].marker.as_ref().unwrap().batch, 1);
+
+    let other = Fixture::new();
+    std::fs::create_dir(other.dir.path().join("db")).unwrap();
+    std::fs::write(other.dir.path().join("db/catalog.db"), "not a database, but long enough to look at ".repeat(50))
+        .unwrap();
+    let error = other.open(&[spec("t.events", &[])]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
