@@ -300,6 +300,38 @@ async fn files_roll_at_the_target_size_and_empty_writers_leave_none() {
     assert_eq!(fixture.data_files("t.events").len(), files.len());
 }
 
+/// Larger than what goes out in one request: the file is uploaded in parts, row group by row group.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_files_go_out_in_parts() {
+    let fixture = Fixture::new();
+    let schema = Arc::new(Schema::new(vec![Field::new("payload", DataType::Binary, true)]));
+    let mut large = TableSpec { schema: schema.clone(), ..spec("t.payloads", &[]) };
+    large.properties.insert("write.parquet.compression-codec".into(), "uncompressed".into());
+    large.properties.insert("write.parquet.row-group-size-bytes".into(), (3 << 20).to_string());
+    let sink = fixture.open(&[large]).await.unwrap();
+    let rows = (0..25u8)
+        .map(|i| {
+            let column: ArrayRef = Arc::new(BinaryArray::from_iter_values([vec![i; 1 << 20]]));
+            RecordBatch::try_new(schema.clone(), vec![column]).unwrap()
+        })
+        .collect();
+    let files = write(&sink, 0, 1, rows).await;
+    let on_disk = fixture.data_files("t.payloads");
+    assert_eq!((files.len(), on_disk.len()), (1, 1));
+    assert_eq!(std::fs::metadata(&on_disk[0]).unwrap().len(), files[0].file_size_in_bytes());
+    assert!(files[0].split_offsets().unwrap().len() > 5);
+    let reader =
+        parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(std::fs::File::open(&on_disk[0]).unwrap(), 1);
+    let first_bytes: Vec<u8> = reader
+        .unwrap()
+        .map(|batch| {
+            let column = batch.unwrap().column(0).clone();
+            arrow::array::AsArray::as_binary::<i64>(&column).value(0)[0]
+        })
+        .collect();
+    assert_eq!(first_bytes, (0..25).collect::<Vec<u8>>());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn existing_tables_are_checked() {
     let fixture = Fixture::new();
