@@ -216,7 +216,13 @@ impl Keys {
             return Err(scanner.malformed("a key in quotes"));
         }
         let key = scanner.string(scratch)?;
-        if let Ok(position) = self.sorted.binary_search_by(|(name, _)| name.as_bytes().cmp(key)) {
+        // Few names are told apart by their length, mostly.
+        let position = if self.sorted.len() <= 16 {
+            self.sorted.iter().position(|(name, _)| name.as_bytes() == key)
+        } else {
+            self.sorted.binary_search_by(|(name, _)| name.as_bytes().cmp(key)).ok()
+        };
+        if let Some(position) = position {
             let index = self.sorted[position].1;
             self.next[*previous] = index;
             *previous = index;
