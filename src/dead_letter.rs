@@ -35,6 +35,8 @@ pub enum Reason {
     BadLength,
     UnknownField,
     FutureEventTime,
+    /// A derived column or the filter failed on the record, as a division by zero does.
+    ExpressionFailed,
     /// A window's integer sum did not fit; the window's value is null.
     Overflow,
     /// Not a record: offsets that expired before they were read (`fail_on_data_loss = false`).
@@ -42,7 +44,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 18] = [
+    pub const ALL: [Reason; 19] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -59,6 +61,7 @@ impl Reason {
         Reason::BadLength,
         Reason::UnknownField,
         Reason::FutureEventTime,
+        Reason::ExpressionFailed,
         Reason::Overflow,
         Reason::DataLoss,
     ];
@@ -81,6 +84,7 @@ impl Reason {
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
             Reason::FutureEventTime => "future_event_time",
+            Reason::ExpressionFailed => "expression_failed",
             Reason::Overflow => "overflow",
             Reason::DataLoss => "data_loss",
         }
@@ -215,8 +219,7 @@ struct Rows {
 
 impl Rows {
     fn new(batch: BatchId, trigger_time_ms: i64) -> Rows {
-        let columns: Vec<Box<dyn ArrayBuilder>> =
-            vec![Box::new(StringBuilder::new()), Box::new(BinaryBuilder::new())];
+        let columns: Vec<Box<dyn ArrayBuilder>> = vec![Box::new(StringBuilder::new()), Box::new(BinaryBuilder::new())];
         let element = Field::new("element", DataType::Struct(header_fields()), false);
         Rows {
             batch: i64::try_from(batch).unwrap_or(i64::MAX),
@@ -300,7 +303,13 @@ mod tests {
 
     #[test]
     fn a_rejection_keeps_the_record_as_it_came() {
-        let record = |offset, timestamp_ms, begin, key_len, value_len| Record { offset, timestamp_ms, begin, key_len, value_len };
+        let record = |offset, timestamp_ms, begin, key_len, value_len| Record {
+            offset,
+            timestamp_ms,
+            begin,
+            key_len,
+            value_len,
+        };
         let chunk = Chunk {
             topic: "t".into(),
             partition: 3,

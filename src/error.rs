@@ -1,6 +1,13 @@
 //! What an error asks of the caller. Every module has its own `thiserror` enum with a `kind()`; this is their common
 //! language and the one type in which they meet, in [`crate::query`].
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::batch::{BatchId, Gap, TopicPartition};
+
 /// What the caller does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -15,8 +22,15 @@ pub enum Kind {
 /// Any failure of a running query.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The configuration does not compile: SQL that no longer fits the schema, say.
+    #[error("{0}")]
+    Compile(String),
+    #[error(transparent)]
+    Storage(#[from] crate::storage::OpenError),
     #[error(transparent)]
     Checkpoint(#[from] crate::checkpoint::Error),
+    #[error("{0}. Start over with a new checkpoint and new tables, or a new pipeline name")]
+    Vanished(#[from] crate::batch::Vanished),
     #[error(transparent)]
     Source(#[from] crate::source::Error),
     #[error(transparent)]
@@ -25,8 +39,49 @@ pub enum Error {
     State(#[from] crate::state::Error),
     #[error(transparent)]
     Sink(#[from] crate::sink::Error),
-    #[error("stage {stage} took longer than its deadline of {deadline:?}")]
-    Deadline { stage: &'static str, deadline: std::time::Duration },
+    #[error("cannot listen on {listen}: {message}; set http.listen to a free address, or to \"\" for no HTTP server")]
+    Http { listen: SocketAddr, message: String },
+    #[error("stage {stage} took longer than its deadline of {deadline:?} (deadlines.{stage} in the configuration)")]
+    Deadline { stage: &'static str, deadline: Duration },
+    #[error(
+        "batch {batch} was planned with another configuration and is not committed yet. Start once with the configuration \
+         it was planned with (trigger.available_now is enough), then change schema, transform, windows or tables"
+    )]
+    ConfigChanged { batch: BatchId },
+    #[error("data loss: {}. Set source.fail_on_data_loss = false to go on without them (each gap is then kept as a row of the dead letters), or start over with a new checkpoint and new tables", gaps_text(.gaps))]
+    DataLoss { gaps: Vec<Gap> },
+    #[error("records of {partition} from offset {wanted} on expired while the batch was being read")]
+    Expired { partition: TopicPartition, wanted: i64 },
+    #[error(
+        "topic {topic} was deleted and created again (id {then} then, {now} now): the offsets of the checkpoint mean other \
+         records. Start over with a new checkpoint and new tables, or a new pipeline name"
+    )]
+    TopicRecreated { topic: String, then: String, now: String },
+    #[error(
+        "this checkpoint is older than the table: {checkpoint} knows {newest}, but {table} already has batch {batch}. A \
+         restored backup? Going on would lose rows. Restore the newest checkpoint, or start over with a new checkpoint and new tables"
+    )]
+    CheckpointOlder { checkpoint: String, newest: String, table: String, batch: BatchId },
+    #[error(
+        "{table} already has batch {batch} of pipeline {pipeline}, written with another checkpoint (query id {query_id}), and \
+         {checkpoint} is empty: everything would be read twice. Restore that checkpoint; or give this pipeline another name and \
+         new starting offsets to go on beside those rows; or drop the tables and start over"
+    )]
+    CheckpointLost { table: String, pipeline: String, query_id: Uuid, batch: BatchId, checkpoint: String },
+    #[error(
+        "table {table} was dropped and created again since batch {batch} (uuid {then} then, {now} now): what it held is gone. \
+         Restore it, or start over with a new checkpoint and new tables"
+    )]
+    TableRecreated { table: String, then: Uuid, now: Uuid, batch: BatchId },
+    #[error(
+        "table {table} is older than the checkpoint: it has {}, the checkpoint has committed batch {committed}. An old copy of the \
+         catalog? Rows in between are missing from it. Restore the newest catalog, or start over with a new checkpoint and new tables",
+        batch_text(.has)
+    )]
+    TableOlder { table: String, has: Option<BatchId>, committed: BatchId },
+    /// Another worker of the batch failed first, or the stage's deadline passed.
+    #[error("cancelled")]
+    Cancelled,
     /// A failure of Floe itself, such as a worker that panicked.
     #[error("internal error: {0}")]
     Internal(String),
@@ -35,13 +90,43 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
+            Error::Storage(_) | Error::Vanished(_) | Error::Compile(_) | Error::Http { .. } => Kind::Fatal,
             Error::Checkpoint(e) => e.kind(),
             Error::Source(e) => e.kind(),
             Error::Transform(e) => e.kind(),
             Error::State(e) => e.kind(),
             Error::Sink(e) => e.kind(),
             Error::Deadline { .. } => Kind::Indeterminate,
-            Error::Internal(_) => Kind::Transient,
+            Error::Cancelled | Error::Internal(_) | Error::Expired { .. } => Kind::Transient,
+            Error::ConfigChanged { .. }
+            | Error::DataLoss { .. }
+            | Error::TopicRecreated { .. }
+            | Error::CheckpointOlder { .. }
+            | Error::CheckpointLost { .. }
+            | Error::TableRecreated { .. }
+            | Error::TableOlder { .. } => Kind::Fatal,
         }
     }
+
+    /// 2: the configuration is wrong; 3: a person has to decide; 1: anything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Compile(_) | Error::Storage(_) => 2,
+            Error::Http { .. } => 1,
+            e if e.kind() == Kind::Fatal => 3,
+            _ => 1,
+        }
+    }
+}
+
+fn gaps_text(gaps: &[Gap]) -> String {
+    let texts: Vec<String> = gaps
+        .iter()
+        .map(|g| format!("offsets [{}, {}) of {}-{} are gone ({})", g.range.start, g.range.end, g.topic, g.partition, g.cause))
+        .collect();
+    texts.join("; ")
+}
+
+fn batch_text(batch: &Option<BatchId>) -> String {
+    batch.map_or_else(|| "no batch".to_string(), |b| format!("batch {b}"))
 }

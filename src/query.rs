@@ -1,1 +1,856 @@
-//! StreamingQuery: recover, plan, run a batch.
+//! StreamingQuery: recover → plan → run a batch. Read this first.
+//!
+//! Owns: the order of things. Every step of the protocol ([`crate::checkpoint`]) is one call here, in sequence, in
+//! [`Session::run_batch`]. Does not own: how any of them is done.
+//!
+//! Invariant: every failure that is not fatal takes the same road as a restart. What is in memory is dropped, the query
+//! backs off and recovers from the checkpoint.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use arrow::datatypes::SchemaRef;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::batch::{self, Gap, Limits, MicroBatch, OffsetRange, Offsets, TopicPartition, Watermarks};
+use crate::checkpoint::{self, Checkpoint, CommitEntry, LoggedPlan, StateFile, StateKind};
+use crate::clock::{self, ClockMs};
+use crate::config::{Config, StartingOffsets};
+use crate::dead_letter;
+use crate::error::{Error, Kind};
+use crate::execute::{self, Executed};
+use crate::failpoint;
+use crate::retry::with_deadline;
+use crate::schema::Schema;
+use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableInfo, TableSpec};
+use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
+use crate::source::{self, Available, Source};
+use crate::state::{StateStore, WindowQuery};
+use crate::telemetry::{
+    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress, Telemetry,
+};
+use crate::transform::Transform;
+use crate::trigger::Trigger;
+use crate::window;
+
+/// Logs older than this many batches are removed.
+const RETAINED_BATCHES: u64 = 100;
+/// When so many deltas make up the state, the next batch writes all of it as one run instead.
+const MAX_DELTAS: usize = 64;
+
+/// The configuration, compiled: what a batch is executed with.
+pub struct Pipeline {
+    pub schema: Arc<Schema>,
+    pub transform: Option<Transform>,
+    pub queries: Arc<[WindowQuery]>,
+    /// Index of the event time among the columns that reach the windows.
+    pub event_time: usize,
+    /// Index of the event time among the decoded columns, and how far ahead of the trigger time it may be.
+    pub future_guard: Option<(usize, Duration)>,
+    /// Every table of the pipeline; the indices below point into it.
+    pub tables: Vec<TableSpec>,
+    pub rows: Option<usize>,
+    pub rows_schema: SchemaRef,
+    pub provenance: bool,
+    /// By window query.
+    pub windows: Vec<usize>,
+    pub dead_letters: usize,
+    pub workers: usize,
+}
+
+impl Pipeline {
+    /// Compiles what the configuration says; every problem is reported.
+    pub fn compile(config: &Config) -> Result<Pipeline, Vec<String>> {
+        let mut errors = Vec::new();
+        let decoded = config.schema.arrow.clone();
+        let transform = (config.transform.filter.is_some() || !config.transform.columns.is_empty())
+            .then(|| Transform::compile(&config.transform, &decoded))
+            .transpose()
+            .unwrap_or_else(|e| {
+                errors.extend(e);
+                None
+            });
+        let columns = transform.as_ref().map_or_else(|| decoded.clone(), |t| t.output_schema());
+        let event_time_name = config.event_time.as_ref().map_or("", |e| e.column.as_str());
+
+        let mut tables = Vec::new();
+        let mut add = |table: &crate::config::TableConfig, schema: SchemaRef| {
+            tables.push(TableSpec {
+                name: table.table.clone(),
+                schema,
+                partition_by: table.partition_by.clone(),
+                sort_by: table.sort_by.clone(),
+                properties: table.properties.clone(),
+            });
+            tables.len() - 1
+        };
+        let provenance = config.rows.as_ref().is_some_and(|r| r.provenance);
+        let rows_schema = execute::rows_schema(&columns, provenance);
+        let rows = config.rows.as_ref().map(|t| add(t, rows_schema.clone()));
+        let mut queries = Vec::new();
+        let mut windows = Vec::new();
+        for window in &config.windows {
+            match WindowQuery::compile(window, &columns, event_time_name) {
+                Ok(query) => {
+                    windows.push(add(&window.table, query.output_schema()));
+                    queries.push(query);
+                }
+                Err(e) => errors.extend(e),
+            }
+        }
+        let dead_letters = add(&config.dead_letters, dead_letter::arrow_schema());
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let max_future = config.event_time.as_ref().and_then(|e| e.max_future);
+        Ok(Pipeline {
+            event_time: columns.index_of(event_time_name).unwrap_or_default(),
+            future_guard: max_future.and_then(|m| Some((decoded.index_of(event_time_name).ok()?, m))),
+            schema: config.schema.clone(),
+            transform,
+            queries: queries.into(),
+            tables,
+            rows,
+            rows_schema,
+            provenance,
+            windows,
+            dead_letters,
+            workers: config.execution.workers,
+        })
+    }
+}
+
+/// Runs the query until it is done (`available_now`), told to stop, or fails for good.
+pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> Result<(), Error> {
+    run_observed(config, shutdown, |_| {}).await
+}
+
+/// As [`run`]; `on_batch` is told of every batch once it is done.
+pub async fn run_observed(
+    config: Config,
+    shutdown: watch::Receiver<bool>,
+    on_batch: impl Fn(&BatchProgress) + Send + Sync + 'static,
+) -> Result<(), Error> {
+    let pipeline = Pipeline::compile(&config).map_err(|problems| Error::Compile(problems.join("\n")))?;
+    let guarantee = format!("exactly once; {} tables appear together (sqlite)", pipeline.tables.len());
+    tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
+    let telemetry = Telemetry::new(&config.name, guarantee);
+    let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
+    telemetry.tables(&names(&(0..pipeline.tables.len()).collect::<Vec<_>>()), &names(&pipeline.windows));
+    if let Some(listen) = config.http.listen {
+        crate::telemetry::serve(listen, telemetry.clone(), shutdown.clone())
+            .await
+            .map_err(|e| Error::Http { listen, message: e.to_string() })?;
+    }
+    let mut query = StreamingQuery {
+        config: Arc::new(config),
+        pipeline: Arc::new(pipeline),
+        telemetry,
+        shutdown,
+        clock: clock::system(),
+        run_id: Uuid::new_v4(),
+        checkpoint: None,
+        last_trigger: None,
+        ends_at_start: None,
+        on_batch: Box::new(on_batch),
+    };
+    query.run().await
+}
+
+struct StreamingQuery {
+    config: Arc<Config>,
+    pipeline: Arc<Pipeline>,
+    telemetry: Telemetry,
+    shutdown: watch::Receiver<bool>,
+    clock: ClockMs,
+    run_id: Uuid,
+    /// Opened and claimed once a process: a retry keeps its epoch.
+    checkpoint: Option<Arc<Checkpoint>>,
+    last_trigger: Option<Instant>,
+    /// `available_now`: where the partitions ended when this process first looked.
+    ends_at_start: Option<Offsets>,
+    on_batch: Box<dyn Fn(&BatchProgress) + Send + Sync>,
+}
+
+impl StreamingQuery {
+    async fn run(&mut self) -> Result<(), Error> {
+        let mut failures = 0;
+        loop {
+            let before = self.telemetry.batches();
+            let error = match self.attempt().await {
+                Ok(()) => return Ok(()),
+                Err(e) => e,
+            };
+            if error.kind() == Kind::Fatal {
+                self.telemetry.fatal(&error.to_string());
+                return Err(error);
+            }
+            // A batch that went through in between makes it a new trouble.
+            failures = if self.telemetry.batches() > before { 0 } else { failures };
+            let delay = self.config.retry.strategy.delay(failures, random());
+            failures += 1;
+            self.telemetry.retrying(&error.to_string(), error.kind(), failures, delay);
+            tracing::warn!(error = %error, kind = ?error.kind(), attempt = failures, delay_ms = delay.as_millis() as u64, "recovering after a failure");
+            if self.sleep(delay).await {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Sleeps, or returns true as soon as the query is to stop.
+    async fn sleep(&mut self, duration: Duration) -> bool {
+        let stop = self.shutdown.wait_for(|stop| *stop);
+        tokio::select! {
+            _ = stop => true,
+            () = tokio::time::sleep(duration) => false,
+        }
+    }
+
+    /// How long since the batch before was triggered: what the input rate is measured over.
+    fn since_last_trigger(&mut self, triggered: Instant) -> Duration {
+        self.last_trigger.replace(triggered).map_or(Duration::ZERO, |last| triggered.saturating_duration_since(last))
+    }
+
+    fn stopping(&self) -> bool {
+        *self.shutdown.borrow()
+    }
+
+    /// From the checkpoint onwards: recover, then batch after batch until stopped or failed.
+    async fn attempt(&mut self) -> Result<(), Error> {
+        let deadlines = self.config.retry.deadlines;
+        let mut session = with_deadline("recover", deadlines.recover, Session::recover(self)).await?;
+        self.telemetry.running();
+        if let Some(pending) = session.pending.take() {
+            tracing::info!(batch = pending.plan.batch, "replaying the batch that was planned and not committed");
+            let started = Instant::now();
+            session.run_batch(self, pending, BTreeMap::new(), started, true).await?;
+        }
+        let mut waiting_since = Instant::now();
+        loop {
+            let triggered = Instant::now();
+            if self.stopping() {
+                tracing::info!("stopping: everything read is committed");
+                return Ok(());
+            }
+            match session.plan(self, waiting_since.elapsed()).await? {
+                Planned::Run { plan, durations } => {
+                    session.run_batch(self, plan, durations, triggered, false).await?;
+                    waiting_since = Instant::now();
+                }
+                Planned::Done => {
+                    tracing::info!("everything that was there at the start is committed");
+                    return Ok(());
+                }
+                Planned::Nothing => {}
+            }
+            if let Trigger::ProcessingTime(interval) = self.config.trigger
+                && self.sleep(interval.saturating_sub(triggered.elapsed())).await
+            {
+                continue;
+            }
+        }
+    }
+}
+
+/// Uniform in `[0, 1)`; jitter needs no better source.
+fn random() -> f64 {
+    (Uuid::new_v4().as_u128() >> 75) as f64 / (1u64 << 53) as f64
+}
+
+type SharedSource = Arc<Mutex<KafkaSource>>;
+
+enum Planned {
+    Run { plan: LoggedPlan, durations: BTreeMap<String, u64> },
+    Nothing,
+    Done,
+}
+
+/// What is in memory between two failures.
+struct Session {
+    checkpoint: Arc<Checkpoint>,
+    sink: IcebergSink,
+    /// UUIDs by table, as recovery found them.
+    tables: BTreeMap<String, Uuid>,
+    source: SharedSource,
+    /// The state after the last committed batch. Taken while a batch runs.
+    state: Option<StateStore>,
+    state_files: Vec<StateFile>,
+    last: Option<Last>,
+    /// Logged by an earlier attempt, this process's or another's.
+    pending: Option<LoggedPlan>,
+    /// Measured on earlier batches: what a byte limit is translated with.
+    bytes_per_record: Option<f64>,
+    /// Where the partitions ended at the last planning.
+    latest: Offsets,
+    checkpoint_bytes: u64,
+}
+
+/// The last committed batch.
+struct Last {
+    plan: MicroBatch,
+    watermark_next_ms: i64,
+}
+
+impl Session {
+    async fn recover(query: &mut StreamingQuery) -> Result<Session, Error> {
+        let config = query.config.clone();
+        let checkpoint = match &query.checkpoint {
+            Some(checkpoint) => checkpoint.clone(),
+            None => {
+                let location = crate::storage::open(&config.checkpoint_location)?;
+                let mut checkpoint = Checkpoint::open(location, &config.name).await?;
+                let epoch = checkpoint.claim().await?;
+                tracing::info!(query_id = %checkpoint.query_id(), epoch, checkpoint = checkpoint.url(), "checkpoint claimed");
+                query.telemetry.query_id(checkpoint.query_id());
+                query.checkpoint.insert(Arc::new(checkpoint)).clone()
+            }
+        };
+        checkpoint.check_owner().await?;
+        let recovered = checkpoint.recover().await?;
+        let pipeline = query.pipeline.clone();
+        let sink =
+            IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
+        let tables = sink.load().await?;
+        check_tables(&config, &checkpoint, &recovered, &tables)?;
+
+        let mut pending = None;
+        let mut last = None;
+        let mut evict_ms = 0;
+        if let Some(plan) = recovered.plan {
+            match &recovered.commit {
+                Some(commit) if commit.batch == plan.plan.batch => {
+                    evict_ms = plan.plan.watermarks.evict_ms;
+                    last = Some(Last { plan: plan.plan, watermark_next_ms: commit.watermark_next_ms });
+                }
+                _ => {
+                    if plan.plan.config_fingerprint != config.fingerprint {
+                        return Err(Error::ConfigChanged { batch: plan.plan.batch });
+                    }
+                    // The state is that of the batch before, in which windows closed by its own watermark.
+                    evict_ms = plan.plan.watermarks.late_ms;
+                    pending = Some(plan);
+                }
+            }
+        }
+        let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
+        let mut state = StateStore::new(pipeline.queries.clone());
+        for file in &state_files {
+            let bytes = checkpoint.read_state(file).await?;
+            state = blocking(move || {
+                state.apply(&bytes, evict_ms)?;
+                Ok(state)
+            })
+            .await?;
+        }
+        let bytes_per_record = recovered
+            .commit
+            .as_ref()
+            .filter(|c| c.counts.records > 0)
+            .map(|c| c.counts.bytes as f64 / c.counts.records as f64);
+        let name = config.name.clone();
+        let source = blocking(move || Ok(KafkaSource::new(&config.source, QueryNames::of(&name), ChunkSettings::with_buffer(config.execution.buffer_bytes))?)).await?;
+        tracing::info!(
+            batch = last.as_ref().map(|l| l.plan.batch),
+            pending = pending.as_ref().map(|p| p.plan.batch),
+            state_files = state_files.len(),
+            "recovered"
+        );
+        Ok(Session {
+            checkpoint,
+            sink,
+            tables: tables.into_iter().map(|table| (table.name, table.uuid)).collect(),
+            source: Arc::new(Mutex::new(source)),
+            state: Some(state),
+            state_files,
+            last,
+            pending,
+            bytes_per_record,
+            latest: Offsets::new(),
+            checkpoint_bytes: 0,
+        })
+    }
+
+    /// Steps 1 and 2: what the next batch reads, logged before a byte is read.
+    async fn plan(&mut self, query: &mut StreamingQuery, waited: Duration) -> Result<Planned, Error> {
+        self.checkpoint.check_owner().await?;
+        let deadlines = query.config.retry.deadlines;
+        let started = Instant::now();
+        let available = with_deadline("latest_offsets", deadlines.latest_offsets, self.available()).await?;
+        let starts = match &self.last {
+            Some(last) => last.plan.ends(),
+            None => self.starting_offsets(&query.config, &available).await?,
+        };
+        let mut durations = BTreeMap::from([("latest_offset".to_string(), millis(started))]);
+        if let Some(last) = &self.last {
+            check_topics(&last.plan, &available)?;
+        }
+
+        let gaps = batch::data_loss(&starts, &available.partitions);
+        if !gaps.is_empty() && query.config.source.fail_on_data_loss {
+            return Err(Error::DataLoss { gaps });
+        }
+        let starts = batch::step_over(&starts, &gaps);
+        let mut readable = available.partitions.clone();
+        if query.config.trigger == Trigger::AvailableNow {
+            let ends = query
+                .ends_at_start
+                .get_or_insert_with(|| readable.iter().map(|(tp, range)| (tp.clone(), range.end)).collect());
+            readable = batch::cap(&readable, ends);
+        }
+        let backlog = batch::backlog(&starts, &readable);
+        query.telemetry.lag(&lag(&starts, &available));
+        self.latest = available.partitions.iter().map(|(tp, range)| (tp.clone(), range.end)).collect();
+
+        let watermarks = match &self.last {
+            Some(last) => Watermarks { late_ms: last.plan.watermarks.evict_ms, evict_ms: last.watermark_next_ms },
+            None => Watermarks::default(),
+        };
+        let windowed = !query.pipeline.windows.is_empty();
+        // Spark's rule: a batch without data runs when the watermark has moved since the last one.
+        let no_data = windowed && watermarks.evict_ms > watermarks.late_ms;
+        let source = &query.config.source;
+        let available_now = query.config.trigger == Trigger::AvailableNow;
+        let enough = available_now
+            || batch::should_run(backlog, source.min_offsets_per_trigger, waited, source.max_trigger_delay);
+        let has_data = backlog > 0 && enough || !gaps.is_empty();
+        if !has_data && !no_data {
+            return Ok(if available_now { Planned::Done } else { Planned::Nothing });
+        }
+        let limits = Limits {
+            max_offsets: if has_data { source.max_offsets_per_trigger } else { Some(0) },
+            max_bytes: source.max_bytes_per_trigger,
+            bytes_per_record: self.bytes_per_record,
+        };
+        gaps.iter().for_each(warn_of_gap);
+        let plan = MicroBatch {
+            batch: self.last.as_ref().map_or(0, |l| l.plan.batch + 1),
+            epoch: self.checkpoint.epoch(),
+            trigger_time_ms: (query.clock)(),
+            config_fingerprint: query.config.fingerprint.clone(),
+            ranges: batch::plan_ranges(&starts, &readable, &limits)?,
+            gaps,
+            topic_ids: available.topic_ids,
+            watermarks,
+            tables: self.tables.clone(),
+        };
+        let started = Instant::now();
+        let plan = with_deadline("wal_commit", deadlines.checkpoint, self.checkpoint.log_plan(&plan)).await?;
+        durations.insert("wal_commit".into(), millis(started));
+        Ok(Planned::Run { plan, durations })
+    }
+
+    async fn available(&self) -> Result<Available, Error> {
+        let source = self.source.clone();
+        blocking(move || Ok(lock(&source).available()?)).await
+    }
+
+    async fn starting_offsets(&self, config: &Config, available: &Available) -> Result<Offsets, Error> {
+        let partitions = &available.partitions;
+        Ok(match &config.source.starting_offsets {
+            StartingOffsets::Earliest => partitions.iter().map(|(tp, range)| (tp.clone(), range.start)).collect(),
+            StartingOffsets::Latest => partitions.iter().map(|(tp, range)| (tp.clone(), range.end)).collect(),
+            StartingOffsets::Timestamp(ms) => {
+                let (source, ms) = (self.source.clone(), *ms);
+                blocking(move || Ok(lock(&source).offsets_at(ms)?)).await?
+            }
+            StartingOffsets::Explicit(offsets) => {
+                let mut starts: Offsets =
+                    partitions.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
+                starts.extend(offsets.iter().map(|(tp, offset)| (tp.clone(), *offset)));
+                starts
+            }
+        })
+    }
+
+    /// Steps 3 to 7 of the protocol, from a logged plan to a batch that is done.
+    async fn run_batch(
+        &mut self,
+        query: &mut StreamingQuery,
+        logged: LoggedPlan,
+        mut durations: BTreeMap<String, u64>,
+        triggered: Instant,
+        replay: bool,
+    ) -> Result<(), Error> {
+        let LoggedPlan { plan, digest } = logged;
+        let deadlines = query.config.retry.deadlines;
+        let attempt = Uuid::new_v4();
+
+        // 3. Execute: data files that no table knows yet, and the state as it will be.
+        let started = Instant::now();
+        let executed = with_deadline("add_batch", deadlines.add_batch, async {
+            let left = if replay { self.still_readable(&plan, &query.config).await? } else { plan.clone() };
+            self.execute(query, left, attempt).await
+        })
+        .await?;
+        durations.insert("add_batch".into(), millis(started));
+        let Executed { files, delta, mut state, counts } = executed;
+        if failpoint::hit("execute.files_written") {
+            return Err(Error::Internal("failpoint execute.files_written".into()));
+        }
+
+        // 4. Persist what this attempt adds to the state.
+        let started = Instant::now();
+        let evict_ms = plan.watermarks.evict_ms;
+        let mut state_files: Vec<StateFile> = std::mem::take(&mut self.state_files);
+        state_files.retain(|f| f.max_window_end_us.is_none_or(|end| !window::closed(end, evict_ms)));
+        let (kind, delta) = if state_files.len() >= MAX_DELTAS {
+            state_files.clear();
+            (StateKind::Run, state.encode_run()?)
+        } else {
+            (StateKind::Delta, delta)
+        };
+        if delta.groups > 0 {
+            let put = self.checkpoint.put_state(plan.batch, attempt, kind, delta.bytes, delta.max_window_end_us);
+            state_files.push(
+                with_deadline("state_commit", deadlines.checkpoint, put).await?,
+            );
+        }
+        durations.insert("state_commit".into(), millis(started));
+
+        // 5. Commit the tables, all of them or none.
+        let started = Instant::now();
+        let written: Vec<(u64, u64)> = files
+            .iter()
+            .map(|files| (files.iter().map(|f| f.record_count()).sum(), files.len() as u64))
+            .collect();
+        let commit = BatchCommit {
+            marker: Marker { pipeline: query.config.name.clone(), batch: plan.batch, plan: digest.clone() },
+            tables: plan.tables.clone(),
+            summary: summary(&plan)?,
+            files,
+        };
+        let committed = with_deadline("commit_tables", deadlines.commit, async {
+            match self.sink.commit(&commit).await {
+                Ok(committed) => Ok(committed),
+                Err(e) => {
+                    // A successor that has moved on explains a marker beyond ours better than an old checkpoint does.
+                    self.checkpoint.check_owner().await?;
+                    Err(Error::from(e))
+                }
+            }
+        })
+        .await?;
+        durations.insert("commit_tables".into(), millis(started));
+
+        // 6. Log the commit: now the batch is done.
+        let started = Instant::now();
+        let delay_ms = query.config.event_time.as_ref().map_or(0, |e| e.watermark_delay.as_millis() as i64);
+        let watermark_next_ms = if query.pipeline.windows.is_empty() {
+            evict_ms
+        } else {
+            window::advance(evict_ms, counts.max_event_time_us, delay_ms)
+        };
+        let entry = CommitEntry {
+            batch: plan.batch,
+            epoch: self.checkpoint.epoch(),
+            plan_digest: digest,
+            watermark_next_ms,
+            state: state_files.clone(),
+            snapshots: query.pipeline.tables.iter().map(|t| t.name.clone()).zip(committed.snapshots.clone()).collect(),
+            counts: counts.clone(),
+            committed_at_ms: (query.clock)(),
+        };
+        with_deadline("commit_log", deadlines.checkpoint, self.checkpoint.log_commit(&entry)).await?;
+        durations.insert("commit_log".into(), millis(started));
+
+        // 7. Tidy. Nothing here can fail the batch, which is done.
+        let started = Instant::now();
+        self.tidy(&plan, &state_files, replay).await;
+        durations.insert("tidy".into(), millis(started));
+
+        let mut progress = self.progress(query, &plan, &entry, &written, &state);
+        progress.batch_duration_ms = millis(triggered);
+        let seconds = triggered.elapsed().as_secs_f64();
+        progress.processed_rows_per_second = counts.records as f64 / seconds;
+        progress.input_rows_per_second = counts.records as f64 / query.since_last_trigger(triggered).as_secs_f64().max(seconds);
+        progress.duration_ms = durations;
+        tracing::info!(
+            batch = plan.batch,
+            records = counts.records,
+            rows = counts.rows,
+            filtered = counts.filtered,
+            dead_letters = counts.dead_letters.values().sum::<u64>(),
+            late = counts.late.values().sum::<u64>(),
+            window_rows = counts.windows.values().sum::<u64>(),
+            watermark = progress.event_time.watermark_ms.map(telemetry::rfc3339),
+            ms = progress.batch_duration_ms,
+            "batch committed"
+        );
+        query.telemetry.batch(progress.clone());
+        (query.on_batch)(&progress);
+
+        if counts.records > 0 {
+            self.bytes_per_record = Some(counts.bytes as f64 / counts.records as f64);
+        }
+        self.state = Some(state);
+        self.state_files = state_files;
+        self.last = Some(Last { plan, watermark_next_ms });
+        Ok(())
+    }
+
+    async fn execute(&mut self, query: &StreamingQuery, plan: MicroBatch, attempt: Uuid) -> Result<Executed, Error> {
+        let state = self.state.take().ok_or_else(|| Error::Internal("the state was lost by an earlier failure".into()))?;
+        let cancel = Arc::new(AtomicBool::new(false));
+        // Set when this future is dropped, as a deadline does.
+        let _guard = CancelOnDrop(cancel.clone());
+        let (pipeline, sink, source) = (query.pipeline.clone(), self.sink.clone(), self.source.clone());
+        let fail_on_data_loss = query.config.source.fail_on_data_loss;
+        blocking(move || {
+            let chunks = lock(&source).read(&plan.ranges)?;
+            match execute::execute(&pipeline, &sink, state, &plan, chunks, attempt, &cancel) {
+                // Expired between planning and reading: recovery replays the plan with what is left of it.
+                Err(Error::Source(source::Error::DataLoss { partition, wanted, .. })) if !fail_on_data_loss => {
+                    Err(Error::Expired { partition, wanted })
+                }
+                other => other,
+            }
+        })
+        .await
+    }
+
+    /// What of a plan logged earlier can still be read: the plan itself, unless records expired since.
+    async fn still_readable(&self, plan: &MicroBatch, config: &Config) -> Result<MicroBatch, Error> {
+        let available = self.available().await?;
+        check_topics(plan, &available)?;
+        let starts: Offsets = plan.ranges.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
+        let gaps: Vec<Gap> = batch::data_loss(&starts, &available.partitions)
+            .into_iter()
+            .filter_map(|mut gap| {
+                let range = plan.ranges.get(&TopicPartition::new(gap.topic.clone(), gap.partition))?;
+                gap.range.end = gap.range.end.min(range.end);
+                (!range.is_empty()).then_some(gap)
+            })
+            .collect();
+        if gaps.is_empty() {
+            return Ok(plan.clone());
+        }
+        if config.source.fail_on_data_loss {
+            return Err(Error::DataLoss { gaps });
+        }
+        let mut left = plan.clone();
+        for gap in gaps {
+            warn_of_gap(&gap);
+            if let Some(range) = left.ranges.get_mut(&TopicPartition::new(gap.topic.clone(), gap.partition)) {
+                range.start = gap.range.end.max(range.start);
+            }
+            left.gaps.push(gap);
+        }
+        Ok(left)
+    }
+
+    async fn tidy(&mut self, plan: &MicroBatch, live: &[StateFile], replay: bool) {
+        if failpoint::hit("tidy") {
+            return;
+        }
+        if replay {
+            match self.sink.remove_failed_attempts(plan.batch).await {
+                Ok(0) => {}
+                Ok(files) => tracing::info!(batch = plan.batch, files, "removed the files of failed attempts"),
+                Err(e) => tracing::warn!(batch = plan.batch, error = %e, "files of failed attempts stay behind"),
+            }
+        }
+        if let Err(e) = self.checkpoint.purge(plan.batch, RETAINED_BATCHES, live).await {
+            tracing::warn!(error = %e, "old checkpoint files stay until the next batch");
+        }
+        match self.checkpoint.size_bytes().await {
+            Ok(bytes) => self.checkpoint_bytes = bytes,
+            Err(e) => tracing::debug!(error = %e, "checkpoint size unknown"),
+        }
+        lock(&self.source).report(&plan.ends());
+    }
+
+    /// What the batch did, for people and dashboards.
+    fn progress(
+        &self,
+        query: &StreamingQuery,
+        plan: &MicroBatch,
+        entry: &CommitEntry,
+        written: &[(u64, u64)],
+        state: &StateStore,
+    ) -> BatchProgress {
+        let counts = &entry.counts;
+        let mut sources: Vec<SourceProgress> = Vec::new();
+        for (tp, range) in &plan.ranges {
+            let latest_offset = self.latest.get(tp).copied().unwrap_or(range.end);
+            let partition = PartitionProgress {
+                partition: tp.partition,
+                start_offset: range.start,
+                end_offset: range.end,
+                latest_offset,
+                lag: u64::try_from(latest_offset - range.end).unwrap_or(0),
+            };
+            match sources.last_mut().filter(|s| *s.topic == *tp.topic) {
+                Some(source) => source.partitions.push(partition),
+                None => sources.push(SourceProgress { topic: tp.topic.to_string(), partitions: vec![partition] }),
+            }
+        }
+        let tables = query.pipeline.tables.iter().zip(written).map(|(table, (rows, files))| TableProgress {
+            table: table.name.clone(),
+            rows: *rows,
+            files: *files,
+            snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
+        });
+        let state_operators = state.stats().queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
+            let table = query.pipeline.tables[table].name.clone();
+            StateOperator {
+                num_rows_total: stats.groups,
+                num_windows: stats.open_windows,
+                memory_used_bytes: stats.bytes,
+                num_rows_updated: None,
+                num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
+                table,
+            }
+        });
+        let windowed = !query.pipeline.windows.is_empty();
+        BatchProgress {
+            id: self.checkpoint.query_id().to_string(),
+            run_id: query.run_id.to_string(),
+            name: query.config.name.clone(),
+            batch_id: plan.batch,
+            timestamp: telemetry::rfc3339(plan.trigger_time_ms),
+            num_input_rows: counts.records,
+            event_time: EventTime {
+                watermark_ms: windowed.then_some(plan.watermarks.evict_ms),
+                max_ms: counts.max_event_time_us.map(|us| us.div_euclid(1000)),
+            },
+            state_operators: state_operators.collect(),
+            sources,
+            sink: SinkProgress { tables: tables.collect() },
+            counts: telemetry::Counts {
+                offsets: plan.offsets(),
+                records: counts.records,
+                rows: counts.rows,
+                filtered: counts.filtered,
+                dead_letters: counts.dead_letters.clone(),
+                late: counts.late.clone(),
+                missing_offsets: plan.offsets().saturating_sub(counts.records),
+            },
+            checkpoint_bytes: self.checkpoint_bytes,
+            ..BatchProgress::default()
+        }
+    }
+}
+
+/// How far the committed batches are behind what can be read, by partition.
+fn lag(starts: &Offsets, available: &Available) -> BTreeMap<TopicPartition, u64> {
+    let behind = |(tp, range): (&TopicPartition, &OffsetRange)| {
+        let start = starts.get(tp).copied().unwrap_or(range.start);
+        (tp.clone(), OffsetRange { start, end: range.end }.len())
+    };
+    available.partitions.iter().map(behind).collect()
+}
+
+fn warn_of_gap(gap: &Gap) {
+    tracing::error!(
+        topic = &*gap.topic,
+        partition = gap.partition,
+        start = gap.range.start,
+        end = gap.range.end,
+        cause = gap.cause,
+        "data loss: offsets are gone; going on without them because fail_on_data_loss = false"
+    );
+}
+
+/// A topic that was deleted and created again has other records under the same offsets.
+fn check_topics(plan: &MicroBatch, available: &Available) -> Result<(), Error> {
+    for (topic, then) in &plan.topic_ids {
+        if let Some(now) = available.topic_ids.get(topic)
+            && now != then
+        {
+            return Err(Error::TopicRecreated { topic: topic.clone(), then: then.clone(), now: now.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Compares every table's marker with the checkpoint before anything is done. Every batch sets the marker of every
+/// table, so the two always agree up to the batch in hand; where they do not, someone restored, deleted or re-created
+/// one of them, and going on would lose rows or double them.
+fn check_tables(config: &Config, checkpoint: &Checkpoint, recovered: &checkpoint::Recovered, tables: &[TableInfo]) -> Result<(), Error> {
+    let Some(logged) = &recovered.plan else {
+        for table in tables {
+            let stranger = table.others.iter().find(|(_, marker)| marker.pipeline == config.name);
+            if let Some((query_id, marker)) = stranger {
+                return Err(Error::CheckpointLost {
+                    table: table.name.clone(),
+                    pipeline: config.name.clone(),
+                    query_id: *query_id,
+                    batch: marker.batch,
+                    checkpoint: checkpoint.url().to_string(),
+                });
+            }
+            if let Some(marker) = &table.marker {
+                return Err(older_checkpoint(checkpoint, "no batch", table, marker));
+            }
+        }
+        return Ok(());
+    };
+    let newest = logged.plan.batch;
+    let committed = recovered.commit.as_ref().map(|c| c.batch);
+    for table in tables {
+        let Some(known) = logged.plan.tables.get(&table.name) else { continue };
+        if *known != table.uuid {
+            return Err(Error::TableRecreated { table: table.name.clone(), then: *known, now: table.uuid, batch: newest });
+        }
+        match &table.marker {
+            Some(marker) if marker.batch > newest || marker.batch == newest && marker.plan != logged.digest => {
+                return Err(older_checkpoint(checkpoint, &format!("batch {newest}"), table, marker));
+            }
+            marker => {
+                let has = marker.as_ref().map(|m| m.batch);
+                if has < committed {
+                    return Err(Error::TableOlder { table: table.name.clone(), has, committed: committed.unwrap_or_default() });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn older_checkpoint(checkpoint: &Checkpoint, newest: &str, table: &TableInfo, marker: &Marker) -> Error {
+    Error::CheckpointOlder {
+        checkpoint: checkpoint.url().to_string(),
+        newest: newest.to_string(),
+        table: table.name.clone(),
+        batch: marker.batch,
+    }
+}
+
+/// What every new snapshot's summary says beyond the marker.
+fn summary(plan: &MicroBatch) -> Result<BTreeMap<String, String>, Error> {
+    let mut offsets: BTreeMap<&str, BTreeMap<i32, [i64; 2]>> = BTreeMap::new();
+    for (tp, range) in &plan.ranges {
+        offsets.entry(&tp.topic).or_default().insert(tp.partition, [range.start, range.end]);
+    }
+    let offsets = serde_json::to_string(&offsets).map_err(|e| Error::Internal(e.to_string()))?;
+    Ok(BTreeMap::from([
+        ("floe.offsets".to_string(), offsets),
+        ("floe.watermark-ms".to_string(), plan.watermarks.evict_ms.to_string()),
+    ]))
+}
+
+/// Runs blocking work off the async threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(Error::Internal(format!("a blocking task did not end well: {e}"))))
+}
+
+fn lock(source: &SharedSource) -> std::sync::MutexGuard<'_, KafkaSource> {
+    source.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn millis(since: Instant) -> u64 {
+    since.elapsed().as_millis() as u64
+}
+
+struct CancelOnDrop(Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

@@ -28,13 +28,41 @@ pub struct Counts {
     pub records: u64,
     pub rows: u64,
     pub filtered: u64,
-    pub dead_letters: u64,
+    /// By reason code. Those of records add up with rows and filtered to `records`; `overflow` and `data_loss` come on top.
+    pub dead_letters: BTreeMap<String, u64>,
     /// Rows behind the watermark, by window table.
     pub late: BTreeMap<String, u64>,
     /// Rows of closed windows, by window table.
     pub windows: BTreeMap<String, u64>,
+    /// Rows whose event time is null: in no window.
+    pub without_event_time: u64,
+    /// Values that an aggregate took as null because its expression failed on the row, as a division by zero does.
+    pub failed_values: u64,
+    /// The latest event time among the rows, late ones included.
+    pub max_event_time_us: Option<i64>,
     /// Bytes of keys and values read; the next plan's `bytes_per_record` comes from here.
     pub bytes: u64,
+}
+
+impl Counts {
+    /// Takes in what another worker of the same batch counted.
+    pub fn add(&mut self, other: &Counts) {
+        let merge = |into: &mut BTreeMap<String, u64>, from: &BTreeMap<String, u64>| {
+            for (key, count) in from {
+                *into.entry(key.clone()).or_default() += count;
+            }
+        };
+        self.records += other.records;
+        self.rows += other.rows;
+        self.filtered += other.filtered;
+        merge(&mut self.dead_letters, &other.dead_letters);
+        merge(&mut self.late, &other.late);
+        merge(&mut self.windows, &other.windows);
+        self.without_event_time += other.without_event_time;
+        self.failed_values += other.failed_values;
+        self.max_event_time_us = self.max_event_time_us.max(other.max_event_time_us);
+        self.bytes += other.bytes;
+    }
 }
 
 /// The batch is done: all its tables carry its marker.

@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use arrow::array::builder::{BooleanBufferBuilder, NullBufferBuilder};
-use arrow::array::{ArrayRef, BooleanArray, Date32Array, Float64Array, Int32Array, Int64Array, StringArray,
-    TimestampMicrosecondArray};
+use arrow::array::{
+    ArrayRef, BooleanArray, Date32Array, Float64Array, Int32Array, Int64Array, StringArray, TimestampMicrosecondArray,
+};
 use arrow::buffer::{Buffer, NullBuffer, OffsetBuffer, ScalarBuffer};
 
 use crate::dead_letter::Reason;
@@ -26,7 +27,10 @@ enum Values {
     Int32(Vec<i32>),
     Int64(Vec<i64>),
     Float64(Vec<f64>),
-    Text { ends: Vec<i32>, bytes: Vec<u8> },
+    Text {
+        ends: Vec<i32>,
+        bytes: Vec<u8>,
+    },
     /// Microseconds since the epoch.
     Timestamp(Vec<i64>),
     /// Days since the epoch.

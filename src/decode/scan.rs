@@ -301,8 +301,8 @@ impl Number<'_> {
     #[inline]
     pub fn to_f64(&self) -> Option<f64> {
         const POWERS: [f64; 23] = [
-            1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19,
-            1e20, 1e21, 1e22,
+            1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18,
+            1e19, 1e20, 1e21, 1e22,
         ];
         // Both are exact doubles, so that one division rounds once, and correctly.
         if !self.exponent && self.digits <= 19 && self.mantissa <= 1 << 53 && self.scale <= 22 {
@@ -415,9 +415,20 @@ mod tests {
 
     #[test]
     fn doubles_are_the_nearest_ones() {
-        for text in ["0.1", "-12.25", "9007199254740993", "123456789012345678901234567890", "1e23", "2.2250738585072014e-308",
-            "5e-324", "1e-400", "1.7976931348623157e308", "0.30000000000000004", "-0", "99.99999999999999999999"]
-        {
+        for text in [
+            "0.1",
+            "-12.25",
+            "9007199254740993",
+            "123456789012345678901234567890",
+            "1e23",
+            "2.2250738585072014e-308",
+            "5e-324",
+            "1e-400",
+            "1.7976931348623157e308",
+            "0.30000000000000004",
+            "-0",
+            "99.99999999999999999999",
+        ] {
             assert_eq!(double(text).unwrap().to_bits(), text.parse::<f64>().unwrap().to_bits(), "{text}");
         }
         assert_eq!(double("1e400"), None);

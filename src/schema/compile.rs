@@ -147,7 +147,8 @@ fn read_field(name: &str, node: &Node, required: bool, problems: &mut Problems) 
 
 /// The one type besides `null`, and whether `null` is among the types.
 fn read_type(members: &Members, pointer: &str, problems: &mut Problems) -> Option<(&'static str, bool)> {
-    const ALLOWED: &str = "allowed are \"string\", \"integer\", \"number\", \"boolean\", or a list of one of them and \"null\"";
+    const ALLOWED: &str =
+        "allowed are \"string\", \"integer\", \"number\", \"boolean\", or a list of one of them and \"null\"";
     let known = |name: &str| ["string", "integer", "number", "boolean"].into_iter().find(|known| *known == name);
     let at = pointer_to(pointer, "type");
     let Some(node) = get(members, "type") else {
@@ -296,7 +297,8 @@ impl Keywords<'_> {
             self.refuse_empty(min, max, problems);
         }
         let (min, max) = (clamp(min), clamp(max));
-        let only = only.map(|v| v.iter().filter_map(|n| if let Node::Number(n) = n { whole(n) } else { None }).collect());
+        let only =
+            only.map(|v| v.iter().filter_map(|n| if let Node::Number(n) = n { whole(n) } else { None }).collect());
         ValueType::Integer(IntegerType { fits, min, max, only })
     }
 

@@ -6,7 +6,7 @@
 //! problem of a document is reported at once, each with its JSON pointer, what was found and what is allowed.
 
 mod compile;
-mod document;
+pub(crate) mod document;
 
 use std::path::Path;
 use std::sync::Arc;

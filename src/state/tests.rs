@@ -330,6 +330,39 @@ fn recovery_equals_the_unbroken_state() {
 }
 
 #[test]
+fn a_window_grows_from_few_groups_to_many() {
+    let queries = queries(&[config(MINUTE as u64, &["device", "n"], &[("c", "count(*)"), ("s", "sum(x)")])]);
+    let ids: Vec<String> = (0..40).map(|i| format!("d{i}")).collect();
+    let mut lane = Lane::new(queries.clone(), 0, NEVER);
+    for round in 0..3 {
+        for (i, id) in ids.iter().enumerate() {
+            let device = (i != 3).then_some(id.as_str());
+            lane.update(&batch(&[(Some(round), device, Some(i as f64), None)])).unwrap();
+        }
+    }
+    let mut store = StateStore::new(queries);
+    store.merge_lanes(vec![lane], NEVER, 1).unwrap();
+    let (out, _) = close_all(&mut store);
+    assert_eq!(out[0].num_rows(), 40);
+    assert!(out[0].column(2).is_null(3));
+    assert_eq!(out[0].column(2).as_string::<i32>().value(39), "d39");
+    assert!(out[0].column(4).as_primitive::<Int64Type>().values().iter().all(|c| *c == 3));
+    let sums = out[0].column(5).as_primitive::<Float64Type>();
+    assert!((0..40).all(|i| sums.value(i) == 3.0 * i as f64));
+}
+
+#[test]
+fn sparse_windows_take_little_memory() {
+    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL)]);
+    let rows: Vec<Row> = (0..5_000).map(|i| (Some(i * MINUTE), Some("a"), Some(1.0), Some(1))).collect();
+    let lane = lane(&queries, &[batch(&rows)], NEVER);
+    assert!(lane.bytes() / 5_000 < 2_000, "{} bytes a window", lane.bytes() / 5_000);
+    let mut store = StateStore::new(queries);
+    store.merge_lanes(vec![lane], NEVER, 2).unwrap();
+    assert_eq!(store.stats().queries[0].open_windows, 5_000);
+}
+
+#[test]
 fn closed_windows_are_not_in_the_delta() {
     let queries = queries(&[config(MINUTE as u64, &["device"], &ALL)]);
     let mut store = StateStore::new(queries.clone());

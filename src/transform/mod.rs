@@ -244,6 +244,24 @@ mod tests {
     }
 
     #[test]
+    fn negative_zero_equals_zero() {
+        let schema = Arc::new(Schema::new(vec![Field::new("x", DataType::Float64, true)]));
+        let x: ArrayRef = Arc::new(Float64Array::from(vec![Some(-0.0), Some(0.0), None, Some(f64::NAN), Some(-1.0)]));
+        let batch = RecordBatch::try_new(schema.clone(), vec![x]).unwrap();
+        let kept = |filter: &str| {
+            let config = TransformConfig { filter: Some(filter.to_string()), columns: Vec::new() };
+            let out = Transform::compile(&config, &schema).unwrap().apply(&batch).unwrap();
+            out.kept.unwrap_or_else(|| vec![0, 1, 2, 3, 4])
+        };
+        assert_eq!(kept("x >= 0"), [0, 1, 3]);
+        assert_eq!(kept("x BETWEEN 0 AND 1"), [0, 1]);
+        assert_eq!(kept("x = 0"), [0, 1]);
+        assert_eq!(kept("x < 0.0"), [4]);
+        assert_eq!(kept("x <> 0"), [3, 4]);
+        assert_eq!(kept("0 <= x"), [0, 1, 3]);
+    }
+
+    #[test]
     fn mistakes_are_named_all_at_once() {
         let columns = [
             ("a", "battery_level < 20"),

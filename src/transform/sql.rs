@@ -24,7 +24,7 @@ use datafusion_expr::{
 };
 use datafusion_functions_aggregate::{average, count, min_max, sum};
 use datafusion_optimizer::simplify_expressions::ExprSimplifier;
-use datafusion_physical_expr::expressions::BinaryExpr;
+use datafusion_physical_expr::expressions::{BinaryExpr, lit as physical_lit};
 use datafusion_physical_expr::{PhysicalExpr, create_physical_expr};
 use datafusion_sql::parser::DFParser;
 use datafusion_sql::planner::{ParserOptions, PlannerContext, SqlToRel};
@@ -148,15 +148,7 @@ impl Scope {
     pub fn physical(&self, expr: &Expr) -> Result<Arc<dyn PhysicalExpr>, String> {
         let physical =
             create_physical_expr(expr, &self.columns, &ExecutionProps::new()).map_err(|e| self.explain(&e))?;
-        let checked = physical
-            .transform_up(|node| match node.as_any().downcast_ref::<BinaryExpr>() {
-                Some(binary) if is_arithmetic(*binary.op()) => {
-                    Ok(Transformed::yes(Arc::new(binary.clone().with_fail_on_overflow(true)) as Arc<dyn PhysicalExpr>))
-                }
-                _ => Ok(Transformed::no(node)),
-            })
-            .map_err(|e| self.explain(&e))?
-            .data;
+        let checked = physical.transform_up(|node| self.check(node)).map_err(|e| self.explain(&e))?.data;
         checked.evaluate(&RecordBatch::new_empty(self.schema.clone())).map_err(|e| first_line(&e))?;
         Ok(checked)
     }
@@ -167,6 +159,23 @@ impl Scope {
 
     pub fn cast(&self, expr: Expr, data_type: &DataType) -> Result<Expr, String> {
         expr.cast_to(data_type, &self.columns).map_err(|e| self.explain(&e))
+    }
+
+    /// Arithmetic that fails instead of wrapping; comparisons of floats for which -0.0 equals 0.0 (Arrow orders them).
+    fn check(&self, node: Arc<dyn PhysicalExpr>) -> datafusion_common::Result<Transformed<Arc<dyn PhysicalExpr>>> {
+        let Some(binary) = node.as_any().downcast_ref::<BinaryExpr>() else { return Ok(Transformed::no(node)) };
+        let op = *binary.op();
+        if is_arithmetic(op) {
+            return Ok(Transformed::yes(Arc::new(binary.clone().with_fail_on_overflow(true))));
+        }
+        if is_comparison(op) && binary.left().data_type(&self.schema)? == DataType::Float64 {
+            let plus_zero = |side: &Arc<dyn PhysicalExpr>| -> Arc<dyn PhysicalExpr> {
+                Arc::new(BinaryExpr::new(side.clone(), Operator::Plus, physical_lit(0.0)))
+            };
+            let both = BinaryExpr::new(plus_zero(binary.left()), op, plus_zero(binary.right()));
+            return Ok(Transformed::yes(Arc::new(both)));
+        }
+        Ok(Transformed::no(node))
     }
 
     fn explain(&self, error: &DataFusionError) -> String {
@@ -208,6 +217,11 @@ fn refuse_subqueries(expr: &Expr) -> Result<(), String> {
         (_, Some(why)) => Err(why.to_string()),
         _ => Ok(()),
     }
+}
+
+fn is_comparison(op: Operator) -> bool {
+    use Operator::{Eq, Gt, GtEq, IsDistinctFrom, IsNotDistinctFrom, Lt, LtEq, NotEq};
+    matches!(op, Eq | NotEq | Lt | LtEq | Gt | GtEq | IsDistinctFrom | IsNotDistinctFrom)
 }
 
 fn is_arithmetic(op: Operator) -> bool {

@@ -482,9 +482,17 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_is_valid_toml() {
-        let text = config_text(Path::new("data/de\"mo"), "127.0.0.1:1", 8080);
-        let parsed: toml::Table = toml::from_str(&text).unwrap();
-        assert_eq!(parsed["catalog"]["path"].as_str(), Some("data/de\"mo/catalog.db"));
+    fn the_configuration_is_accepted() {
+        let parent = tempfile::tempdir().unwrap();
+        // Quotes in a path must reach the file escaped.
+        let folder = parent.path().join("de\"mo");
+        std::fs::create_dir(&folder).unwrap();
+        write(&folder.join("telemetry.schema.json"), SCHEMA).unwrap();
+        write(&folder.join(CONFIG_FILE), &config_text(&folder, "127.0.0.1:1", 8080)).unwrap();
+        let config = crate::config::load(&folder.join(CONFIG_FILE), &BTreeMap::new()).unwrap();
+        assert_eq!(config.source.topics, [TOPIC]);
+        assert_eq!(config.dead_letters.table, table_name(DEAD_LETTERS));
+        let crate::config::CatalogConfig::Sqlite { path, .. } = &config.catalog;
+        assert_eq!(path, &folder.join("catalog.db"));
     }
 }

@@ -368,6 +368,7 @@ impl Random {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::{Chunk, Record};
 
     const PLAN: Plan = Plan { rate: 2_000, devices: 20, start_ms: 1_700_000_000_000, seed: 7 };
 
@@ -402,6 +403,34 @@ mod tests {
         assert_eq!(seen.len(), 1 + BAD.len());
         let bad: u32 = seen.iter().filter(|(r, _)| r.is_some()).map(|(_, n)| n).sum();
         assert!((400..600).contains(&bad), "about 1%: {bad}");
+    }
+
+    /// The decoder and the devices must agree on why each record is bad, or the demo would accuse itself.
+    #[test]
+    fn the_decoder_refuses_what_is_bad_for_the_right_reason() {
+        let mut devices = Devices { plan: PLAN, random: Random(2), payload: Vec::new() };
+        let mut chunk = Chunk { topic: TOPIC.into(), ..Default::default() };
+        let mut fates = Vec::new();
+        for index in 0..20_000 {
+            let sent = devices.next(5, index);
+            let is_null = sent.fate == Fate::DeadLetter(Reason::NullValue);
+            chunk.records.push(Record {
+                offset: index as i64,
+                timestamp_ms: 0,
+                begin: chunk.data.len() as u32,
+                key_len: Record::NONE,
+                value_len: if is_null { Record::NONE } else { devices.payload.len() as u32 },
+            });
+            chunk.data.extend_from_slice(&devices.payload);
+            fates.push(sent.fate);
+        }
+        let schema = crate::schema::Schema::parse(crate::cli::demo::SCHEMA).unwrap();
+        let decoded = crate::decode::Decoder::new(schema).decode(&chunk);
+        assert_eq!(decoded.records.len() + decoded.rejected.len(), fates.len());
+        assert!(decoded.records.iter().all(|r| fates[*r as usize] == Fate::Row));
+        for rejection in &decoded.rejected {
+            assert_eq!(fates[rejection.record as usize], Fate::DeadLetter(rejection.reason), "{rejection:?}");
+        }
     }
 
     #[test]

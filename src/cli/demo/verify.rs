@@ -344,4 +344,80 @@ mod tests {
         assert!(difference(|_, _, c| c.watermark_ms -= 1).contains("watermark has not passed"));
         assert!(difference(|t, _, _| t.failed.push("broker gone".into())).contains("broker gone"));
     }
+
+    /// The reader here and the sink know nothing of each other; this is where they meet.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_the_sink_writes_is_read_back() {
+        use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableSpec};
+        use arrow::array::{ArrayRef, Float64Array, Int32Array, Int64Array, StringArray, TimestampMicrosecondArray};
+        use std::sync::Arc;
+
+        let folder = tempfile::tempdir().unwrap();
+        let tables = Tables::new(&folder.path().join("catalog.db"));
+        let column = |array: ArrayRef| array;
+        let ints = |v: &[i32]| column(Arc::new(Int32Array::from(v.to_vec())));
+        let longs = |v: &[i64]| column(Arc::new(Int64Array::from(v.to_vec())));
+        let words = |v: &[&str]| column(Arc::new(StringArray::from(v.to_vec())));
+        let starts =
+            TimestampMicrosecondArray::from(vec![(MINUTE - WINDOW_MS) * 1000, MINUTE * 1000]).with_timezone("UTC");
+        let rows = vec![("_kafka_partition", ints(&[0, 1])), ("_kafka_offset", longs(&[5, 6]))];
+        let windows = vec![
+            ("window_start", column(Arc::new(starts))),
+            ("device_id", words(&["device-0001", "device-0002"])),
+            ("events", longs(&[3, 4])),
+            ("battery_avg", column(Arc::new(Float64Array::from(vec![50.5, 1.0])))),
+            ("duration_total", longs(&[30, 40])),
+        ];
+        let dead = vec![("partition", ints(&[2])), ("offset", longs(&[7])), ("reason", words(&["empty"]))];
+        let batches = [(ROWS, rows), (WINDOWS, windows), (DEAD_LETTERS, dead)]
+            .map(|(table, columns)| (table_spec_name(table), RecordBatch::try_from_iter(columns).unwrap()));
+
+        let catalog = crate::config::CatalogConfig::Sqlite {
+            path: folder.path().join("catalog.db"),
+            warehouse: folder.path().join("warehouse").to_str().unwrap().to_string(),
+        };
+        let specs: Vec<TableSpec> = batches
+            .iter()
+            .map(|(name, batch)| TableSpec {
+                name: name.clone(),
+                schema: batch.schema(),
+                partition_by: vec![],
+                sort_by: vec![],
+                properties: BTreeMap::new(),
+            })
+            .collect();
+        let sink = IcebergSink::open(&catalog, uuid::Uuid::new_v4(), "demo", &specs).await.unwrap();
+        assert!(tables.read_all().await.unwrap().rows.is_empty(), "tables without a snapshot");
+        let writer_sink = sink.clone();
+        let files = tokio::task::spawn_blocking(move || {
+            batches
+                .iter()
+                .enumerate()
+                .map(|(i, (_, batch))| {
+                    let mut writer = writer_sink.writer(i, 0, uuid::Uuid::new_v4(), 0);
+                    writer.write(batch).unwrap();
+                    writer.finish().unwrap()
+                })
+                .collect()
+        })
+        .await
+        .unwrap();
+        let marker = Marker { pipeline: "demo".into(), batch: 0, plan: "sha256:0".into() };
+        let uuids = sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect();
+        sink.commit(&BatchCommit { marker, tables: uuids, summary: BTreeMap::new(), files }).await.unwrap();
+
+        let found = tables.read_all().await.unwrap();
+        assert_eq!(found.rows, [(0, 5), (1, 6)]);
+        assert_eq!(found.dead_letters, [(2, 7, "empty".to_string())]);
+        assert_eq!(found.windows.len(), 2);
+        let newest = tables.windows_from(Some(MINUTE)).await.unwrap();
+        let expected = WindowRow { start_ms: MINUTE, device: 2, events: 4, battery_avg: 1.0, duration_total: 40 };
+        assert_eq!(newest, [expected]);
+        assert!(tables.metadata_location(ROWS).unwrap().is_some());
+        assert_eq!(tables.metadata_location("nothing").unwrap(), None);
+    }
+
+    fn table_spec_name(table: &str) -> String {
+        format!("{NAMESPACE}.{table}")
+    }
 }

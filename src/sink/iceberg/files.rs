@@ -13,9 +13,10 @@ use arrow::datatypes::{
     TimestampMicrosecondType,
 };
 use arrow::row::{RowConverter, SortField};
+use futures::future::try_join_all;
 use iceberg::arrow::{arrow_struct_to_literal, type_to_arrow_type};
 use iceberg::io::FileIO;
-use iceberg::spec::{DataFile, Literal, PartitionSpecRef, SchemaRef, Struct, StructType, Type};
+use iceberg::spec::{DataFile, DataFileBuilder, Literal, PartitionSpecRef, SchemaRef, Struct, StructType, Type};
 use iceberg::transform::{BoxedTransformFunction, create_transform_function};
 use iceberg::writer::CurrentFileStatus;
 use iceberg::writer::file_writer::{FileWriter, FileWriterBuilder, ParquetWriter, ParquetWriterBuilder};
@@ -100,11 +101,15 @@ impl TableWriter {
         parts.into_iter().try_for_each(|(partition, rows)| self.append(partition, &rows))
     }
 
-    /// Closes every file. No rows written: no files.
+    /// Closes every file, all at once: what takes long is waiting for the store. No rows written: no files.
     pub fn finish(mut self) -> Result<Vec<DataFile>, Error> {
-        for (partition, file) in std::mem::take(&mut self.open) {
-            self.close(partition, file)?;
-        }
+        let open = std::mem::take(&mut self.open);
+        let closing = open.into_iter().map(|(partition, file)| async move {
+            let closed = file.writer.close().await?;
+            Ok::<_, iceberg::Error>((partition, closed))
+        });
+        let closed = self.runtime.block_on(try_join_all(closing)).map_err(|e| self.failed("close a data file", e))?;
+        closed.into_iter().try_for_each(|(partition, files)| self.keep(partition, files))?;
         Ok(self.done)
     }
 
@@ -151,6 +156,10 @@ impl TableWriter {
 
     fn close(&mut self, partition: Struct, file: OpenFile) -> Result<(), Error> {
         let closed = self.runtime.block_on(file.writer.close()).map_err(|e| self.failed("close a data file", e))?;
+        self.keep(partition, closed)
+    }
+
+    fn keep(&mut self, partition: Struct, closed: Vec<DataFileBuilder>) -> Result<(), Error> {
         for mut file in closed {
             file.partition(partition.clone()).partition_spec_id(self.layout.spec.spec_id());
             self.done.push(file.build().map_err(|e| self.invalid(e))?);

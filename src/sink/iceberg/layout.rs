@@ -8,10 +8,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, ListArray, MapArray, RecordBatch, StructArray, new_null_array};
 use arrow::compute::{CastOptions, cast_with_options};
-use arrow::datatypes::{
-    DataType, FieldRef, Fields, SchemaRef as ArrowSchemaRef, TimeUnit, TimestampMicrosecondType,
-    TimestampNanosecondType,
-};
+use arrow::datatypes::{DataType, FieldRef, Fields, SchemaRef as ArrowSchemaRef, TimeUnit, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 use iceberg::TableCreation;
 use iceberg::arrow::{arrow_schema_to_schema_auto_assign_ids, schema_to_arrow_schema};
@@ -162,6 +159,18 @@ pub fn check(spec: &TableSpec, metadata: &TableMetadata) -> Result<ArrowSchemaRe
     Ok(Arc::new(found))
 }
 
+/// Whether the table is partitioned as the spec says. It need not be: the table's own partitioning is what is used.
+pub fn is_partitioned_as(spec: &TableSpec, metadata: &TableMetadata) -> bool {
+    let fields = metadata.default_partition_spec().fields();
+    let schema = metadata.current_schema();
+    fields.len() == spec.partition_by.len()
+        && spec.partition_by.iter().zip(fields).all(|(expression, field)| {
+            parse_transform(expression).is_some_and(|(transform, column)| {
+                transform == field.transform && schema.name_by_field_id(field.source_id) == Some(column.as_str())
+            })
+        })
+}
+
 fn compare(prefix: &str, wanted: &Fields, found: &Fields, problems: &mut Vec<String>) {
     for field in wanted {
         let name = format!("{prefix}{}", field.name());
@@ -220,9 +229,6 @@ fn conform_array(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError
         // The same instants under another name of UTC.
         (DataType::Timestamp(TimeUnit::Microsecond, _), DataType::Timestamp(TimeUnit::Microsecond, zone)) => {
             Arc::new(array.as_primitive::<TimestampMicrosecondType>().clone().with_timezone_opt(zone.clone()))
-        }
-        (DataType::Timestamp(TimeUnit::Nanosecond, _), DataType::Timestamp(TimeUnit::Nanosecond, zone)) => {
-            Arc::new(array.as_primitive::<TimestampNanosecondType>().clone().with_timezone_opt(zone.clone()))
         }
         (DataType::List(_), DataType::List(element)) => {
             let list = array.as_list::<i32>();

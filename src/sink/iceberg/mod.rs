@@ -200,6 +200,9 @@ impl Inner {
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
     let arrow_schema = layout::check(spec, metadata)?;
+    if !layout::is_partitioned_as(spec, metadata) {
+        tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
+    }
     let properties = metadata.properties();
     let data_location = match properties.get("write.data.path") {
         Some(path) => path.trim_end_matches('/').to_string(),

@@ -363,6 +363,74 @@ async fn a_busy_catalog_is_transient() {
     assert!(!sink.commit(&commit).await.unwrap().already);
 }
 
+/// A catalog whose answers get lost: the commit happens, or does not, and nobody knows.
+#[derive(Debug)]
+struct LostReply {
+    inner: Arc<dyn Catalog>,
+    happens: bool,
+}
+
+#[async_trait::async_trait]
+impl Catalog for LostReply {
+    async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
+        self.inner.load(table).await
+    }
+
+    async fn create(&self, table: &TableName, creation: iceberg::TableCreation) -> Result<LoadedTable, Error> {
+        self.inner.create(table, creation).await
+    }
+
+    async fn commit(&self, changes: &[catalog::TableChange]) -> Result<(), catalog::CommitError> {
+        if self.happens {
+            self.inner.commit(changes).await?;
+        }
+        Err(Error::indeterminate("the reply was lost").into())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_of_unknown_outcome_is_looked_up() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    let commit = batch_commit(&sink, 1, vec![write(&sink, 0, 1, vec![events(0, 10, 1)]).await]).await;
+    for happens in [false, true] {
+        let inner = &sink.0;
+        let lossy = IcebergSink(Arc::new(Inner {
+            catalog: Arc::new(LostReply { inner: inner.catalog.clone(), happens }),
+            storage: inner.storage.clone(),
+            file_io: inner.file_io.clone(),
+            runtime: inner.runtime.clone(),
+            query_id: inner.query_id,
+            marker_property: inner.marker_property.clone(),
+            tables: vec![BoundTable { name: inner.tables[0].name.clone(), files: inner.tables[0].files.clone() }],
+        }));
+        match lossy.commit(&commit).await {
+            Ok(committed) => assert!(happens && !committed.already && committed.snapshots[0].is_some()),
+            Err(error) => assert!(!happens && error.kind() == Kind::Indeterminate, "{error}"),
+        }
+    }
+    assert!(sink.commit(&commit).await.unwrap().already);
+    assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "10");
+}
+
+/// Null, odd and escaped partition values, and more partitions than a worker keeps files open.
+#[tokio::test(flavor = "multi_thread")]
+async fn any_partition_value_makes_a_file() {
+    let fixture = Fixture::new();
+    let schema = Arc::new(Schema::new(vec![Field::new("name", DataType::Utf8, true)]));
+    let sink = fixture.open(&[TableSpec { schema: schema.clone(), ..spec("t.names", &["name"]) }]).await.unwrap();
+    let mut names = vec![None, Some("../a/b".to_string()), Some("100% é#1".into()), Some(String::new())];
+    names.extend((0..60).map(|i| Some(format!("n{i}"))));
+    let column: ArrayRef = Arc::new(StringArray::from_iter(names.iter().chain(&names).cloned()));
+    let rows = RecordBatch::try_new(schema, vec![column]).unwrap();
+    let files = write(&sink, 0, 1, vec![rows]).await;
+    assert_eq!(files.len(), names.len());
+    assert!(files.iter().all(|f| f.record_count() == 2));
+    assert!(files.iter().any(|f| f.file_path().contains("/data/name=..%2Fa%2Fb/")));
+    sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
+    assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "128");
+}
+
 /// Leaves tables for other readers to judge: `FLOE_INTEROP_DIR=… cargo test interop -- --ignored`.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "writes to the folder that FLOE_INTEROP_DIR names"]

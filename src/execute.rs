@@ -1,0 +1,478 @@
+//! Step 3 of the protocol: one planned batch becomes data files and partial aggregates, on all cores.
+//!
+//! Owns: the workers of a batch, the order in which a partition's chunks are aggregated, the account of what became of
+//! every record. Does not own: what a batch is, the state it is merged into, or when its files become visible.
+//!
+//! Workers take whole chunks (records of one partition) from one channel, so there is no per-row channel, lock or
+//! allocation. Any worker may decode any chunk; a partition's decoded chunks are aggregated in offset order by whoever
+//! finds the [`OrderedLane`] free, and lanes are merged in the order of the plan. That makes sums of doubles, and with
+//! them every result, independent of the number of workers and of who got which chunk.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanArray, Int32Array, Int64Array, StringArray, TimestampMicrosecondArray,
+};
+use arrow::compute::filter_record_batch;
+use arrow::datatypes::{DataType, Field, Schema as ArrowSchema, SchemaRef, TimeUnit, TimestampMicrosecondType};
+use arrow::record_batch::RecordBatch;
+use iceberg::spec::DataFile;
+use uuid::Uuid;
+
+use crate::batch::MicroBatch;
+use crate::checkpoint::Counts;
+use crate::dead_letter::{self, Reason};
+use crate::decode::{Decoder, Rejection};
+use crate::error::Error;
+use crate::query::Pipeline;
+use crate::sink::iceberg::{IcebergSink, TableWriter};
+use crate::source::{Chunk, Chunks};
+use crate::state::{ClosedWindow, Lane, StateStore};
+
+/// What step 3 hands to the steps after it.
+pub struct Executed {
+    /// By table, in the order of [`Pipeline::tables`].
+    pub files: Vec<Vec<DataFile>>,
+    /// Partial states of the windows that stay open.
+    pub delta: crate::state::Delta,
+    pub state: StateStore,
+    pub counts: Counts,
+}
+
+/// Runs one attempt at a batch. Blocks; `cancel` makes it stop within a fraction of a second.
+pub fn execute(
+    pipeline: &Arc<Pipeline>,
+    sink: &IcebergSink,
+    mut state: StateStore,
+    plan: &MicroBatch,
+    chunks: Chunks,
+    attempt: Uuid,
+    cancel: &AtomicBool,
+) -> Result<Executed, Error> {
+    let workers = pipeline.workers;
+    let job = Job {
+        pipeline,
+        sink,
+        plan,
+        attempt,
+        cancel,
+        chunks: Mutex::new(chunks),
+        lanes: plan.ranges.keys().map(|_| OrderedLane::new(pipeline, plan)).collect(),
+    };
+
+    let mut account = Account::new(pipeline);
+    for output in run_workers(workers, cancel, |worker| job.read(worker))? {
+        account.add(output);
+    }
+    if !plan.gaps.is_empty() {
+        let mut tables = job.writers(workers);
+        let gaps = dead_letter::from_gaps(&plan.gaps, plan.batch, plan.trigger_time_ms);
+        tables.write(pipeline.dead_letters, &gaps)?;
+        account.files(tables.finish()?);
+    }
+
+    let lanes: Vec<Lane> = job.lanes.into_iter().map(OrderedLane::into_lane).collect::<Result<_, _>>()?;
+    for lane in &lanes {
+        account.counts.max_event_time_us = account.counts.max_event_time_us.max(lane.max_event_time_us());
+        account.counts.without_event_time += lane.rows_without_time();
+        account.counts.failed_values += lane.failed_values().iter().sum::<u64>();
+        for (query, late) in lane.late_rows().iter().enumerate() {
+            *account.counts.late.entry(pipeline.tables[pipeline.windows[query]].name.clone()).or_default() += late;
+        }
+    }
+    let evict_ms = plan.watermarks.evict_ms;
+    let delta = state.merge_lanes(lanes, evict_ms, workers)?;
+    let closed = Mutex::new(state.close(evict_ms).into_iter());
+    let emit = Emit { pipeline, sink, plan, attempt, closed };
+    // Worker numbers continue, so that no file name is used twice in an attempt.
+    for output in run_workers(workers, cancel, |worker| emit.run(workers + 1 + worker))? {
+        account.add(output);
+    }
+    Ok(Executed { files: account.files, delta, state, counts: account.counts })
+}
+
+/// Runs `work` on every worker and returns what each produced, in worker order. The first failure cancels the others.
+fn run_workers<T: Send>(
+    workers: usize,
+    cancel: &AtomicBool,
+    work: impl Fn(usize) -> Result<T, Error> + Sync,
+) -> Result<Vec<T>, Error> {
+    let results: Vec<Result<T, Error>> = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers)
+            .map(|worker| {
+                let work = &work;
+                scope.spawn(move || {
+                    // Caught here and not at the join, so that the others hear of it at once.
+                    let result = catch_unwind(AssertUnwindSafe(|| work(worker))).unwrap_or_else(|_| Err(panicked()));
+                    if result.is_err() {
+                        cancel.store(true, Ordering::Relaxed);
+                    }
+                    result
+                })
+            })
+            .collect();
+        handles.into_iter().map(|h| h.join().unwrap_or_else(|_| Err(panicked()))).collect()
+    });
+    let mut outputs = Vec::with_capacity(workers);
+    let mut cancelled = None;
+    for result in results {
+        match result {
+            Ok(output) => outputs.push(output),
+            // Another worker's failure is the reason; this one only followed it.
+            Err(e @ Error::Cancelled) => cancelled = Some(e),
+            Err(e) => return Err(e),
+        }
+    }
+    cancelled.map_or(Ok(outputs), Err)
+}
+
+fn panicked() -> Error {
+    Error::Internal("a worker panicked; the message is in the log".into())
+}
+
+/// What one worker did.
+struct Output {
+    files: Vec<(usize, Vec<DataFile>)>,
+    counts: Counts,
+}
+
+struct Account {
+    files: Vec<Vec<DataFile>>,
+    counts: Counts,
+}
+
+impl Account {
+    fn new(pipeline: &Pipeline) -> Self {
+        Account { files: pipeline.tables.iter().map(|_| Vec::new()).collect(), counts: Counts::default() }
+    }
+
+    fn add(&mut self, output: Output) {
+        self.files(output.files);
+        self.counts.add(&output.counts);
+    }
+
+    fn files(&mut self, files: Vec<(usize, Vec<DataFile>)>) {
+        for (table, files) in files {
+            self.files[table].extend(files);
+        }
+    }
+}
+
+/// The file writers of one worker, opened when first written to.
+struct Writers<'a> {
+    sink: &'a IcebergSink,
+    plan: &'a MicroBatch,
+    attempt: Uuid,
+    worker: usize,
+    open: BTreeMap<usize, TableWriter>,
+}
+
+impl Writers<'_> {
+    fn write(&mut self, table: usize, rows: &RecordBatch) -> Result<(), Error> {
+        if rows.num_rows() == 0 {
+            return Ok(());
+        }
+        let writer = self
+            .open
+            .entry(table)
+            .or_insert_with(|| self.sink.writer(table, self.plan.batch, self.attempt, self.worker));
+        Ok(writer.write(rows)?)
+    }
+
+    fn finish(self) -> Result<Vec<(usize, Vec<DataFile>)>, Error> {
+        self.open.into_iter().map(|(table, writer)| Ok((table, writer.finish()?))).collect()
+    }
+}
+
+/// Reading, decoding, aggregating and writing rows: what the workers of a batch share.
+struct Job<'a> {
+    pipeline: &'a Pipeline,
+    sink: &'a IcebergSink,
+    plan: &'a MicroBatch,
+    attempt: Uuid,
+    cancel: &'a AtomicBool,
+    chunks: Mutex<Chunks>,
+    lanes: Vec<OrderedLane>,
+}
+
+impl<'a> Job<'a> {
+    fn writers(&self, worker: usize) -> Writers<'a> {
+        Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() }
+    }
+
+    fn read(&self, worker: usize) -> Result<Output, Error> {
+        let mut decoder = Decoder::new(self.pipeline.schema.clone());
+        let mut writers = self.writers(worker);
+        let mut counts = Counts::default();
+        while let Some(chunk) = self.next_chunk()? {
+            self.process(&chunk, &mut decoder, &mut writers, &mut counts)?;
+            if crate::failpoint::hit("execute.chunk") {
+                return Err(Error::Internal("failpoint execute.chunk".into()));
+            }
+        }
+        Ok(Output { files: writers.finish()?, counts })
+    }
+
+    fn next_chunk(&self) -> Result<Option<Chunk>, Error> {
+        let chunks = lock(&self.chunks);
+        loop {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            match chunks.recv_timeout(Duration::from_millis(50)) {
+                Ok(chunk) => return Ok(Some(chunk?)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            }
+        }
+    }
+
+    fn process(
+        &self,
+        chunk: &Chunk,
+        decoder: &mut Decoder,
+        writers: &mut Writers<'_>,
+        counts: &mut Counts,
+    ) -> Result<(), Error> {
+        let decoded = decoder.decode(chunk);
+        let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
+        self.refuse_future(&mut batch, &mut records, &mut rejected)?;
+        let decoded_rows = batch.num_rows();
+        if let Some(transform) = &self.pipeline.transform {
+            let transformed = transform.apply(&batch)?;
+            for (row, message) in &transformed.failed {
+                rejected.push(Rejection {
+                    record: records[*row],
+                    reason: Reason::ExpressionFailed,
+                    path: "$".into(),
+                    message: message.clone().into(),
+                });
+            }
+            if let Some(kept) = &transformed.kept {
+                records = kept.iter().map(|&row| records[row as usize]).collect();
+            }
+            counts.filtered += (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
+            batch = transformed.batch;
+        }
+
+        counts.records += chunk.records.len() as u64;
+        counts.bytes += chunk.data.len() as u64;
+        counts.rows += batch.num_rows() as u64;
+        for rejection in &rejected {
+            *counts.dead_letters.entry(rejection.reason.code().to_string()).or_default() += 1;
+        }
+
+        if !rejected.is_empty() {
+            let dead =
+                dead_letter::from_rejections(chunk, &rejected, self.plan.batch, self.plan.trigger_time_ms);
+            writers.write(self.pipeline.dead_letters, &dead)?;
+        }
+        if let Some(table) = self.pipeline.rows {
+            if self.pipeline.provenance {
+                let rows = with_provenance(&self.pipeline.rows_schema, &batch, chunk, &records)?;
+                writers.write(table, &rows)?;
+            } else {
+                writers.write(table, &batch)?;
+            }
+        }
+        if !self.pipeline.windows.is_empty() {
+            self.lanes[chunk.lane].submit(chunk.sequence, batch, self)?;
+        }
+        Ok(())
+    }
+
+    /// A device with its clock in 2099 costs a dead letter, not everyone's windows.
+    fn refuse_future(
+        &self,
+        batch: &mut RecordBatch,
+        records: &mut Vec<u32>,
+        rejected: &mut Vec<Rejection>,
+    ) -> Result<(), Error> {
+        let Some((column, max_future)) = self.pipeline.future_guard else { return Ok(()) };
+        let limit_us = self.plan.trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
+        let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
+        if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
+            return Ok(());
+        }
+        let kept: BooleanArray =
+            (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
+        let name = &self.pipeline.schema.fields[column].name;
+        for row in (0..times.len()).filter(|&row| !kept.value(row)) {
+            let at = timestamp_text(times.value(row));
+            rejected.push(Rejection {
+                record: records[row],
+                reason: Reason::FutureEventTime,
+                path: format!("$.{name}").into(),
+                message: format!("{at} is more than {max_future:?} ahead of the batch's trigger time").into(),
+            });
+        }
+        *batch = filter_record_batch(batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
+        *records = keep_records(records, &kept);
+        Ok(())
+    }
+}
+
+fn timestamp_text(micros: i64) -> String {
+    jiff::Timestamp::from_microsecond(micros).map_or_else(|_| format!("{micros} µs"), |t| t.to_string())
+}
+
+fn keep_records(records: &[u32], kept: &BooleanArray) -> Vec<u32> {
+    records.iter().zip(kept.iter()).filter(|(_, keep)| *keep == Some(true)).map(|(record, _)| *record).collect()
+}
+
+/// The columns that let anyone prove with one query that nothing is missing or doubled.
+pub fn provenance_fields() -> Vec<Field> {
+    vec![
+        Field::new("_kafka_topic", DataType::Utf8, false),
+        Field::new("_kafka_partition", DataType::Int32, false),
+        Field::new("_kafka_offset", DataType::Int64, false),
+        Field::new("_kafka_timestamp", DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())), true),
+    ]
+}
+
+/// The schema of the rows table: the row's columns and, where asked for, where each came from.
+pub fn rows_schema(columns: &SchemaRef, provenance: bool) -> SchemaRef {
+    let mut fields: Vec<_> = columns.fields().iter().cloned().collect();
+    if provenance {
+        fields.extend(provenance_fields().into_iter().map(Arc::new));
+    }
+    Arc::new(ArrowSchema::new(fields))
+}
+
+fn with_provenance(
+    schema: &SchemaRef,
+    batch: &RecordBatch,
+    chunk: &Chunk,
+    records: &[u32],
+) -> Result<RecordBatch, Error> {
+    let rows = records.len();
+    let topic: ArrayRef = Arc::new(StringArray::from_iter_values(std::iter::repeat_n(&*chunk.topic, rows)));
+    let partition: ArrayRef = Arc::new(Int32Array::from_value(chunk.partition, rows));
+    let offsets: ArrayRef = Arc::new(Int64Array::from_iter_values(
+        records.iter().map(|&record| chunk.records[record as usize].offset),
+    ));
+    let timestamps: TimestampMicrosecondArray = records
+        .iter()
+        .map(|&record| {
+            let ms = chunk.records[record as usize].timestamp_ms;
+            (ms != i64::MIN).then(|| ms.saturating_mul(1000))
+        })
+        .collect();
+    let mut columns = batch.columns().to_vec();
+    columns.extend([topic, partition, offsets, Arc::new(timestamps.with_timezone("UTC")) as ArrayRef]);
+    RecordBatch::try_new(schema.clone(), columns).map_err(|e| Error::Internal(e.to_string()))
+}
+
+/// One partition's aggregation: chunks may arrive in any order and are taken in offset order.
+struct OrderedLane {
+    state: Mutex<LaneState>,
+    drained: Condvar,
+}
+
+struct LaneState {
+    next: u64,
+    waiting: BTreeMap<u64, RecordBatch>,
+    /// None while a worker is aggregating into it.
+    lane: Option<Lane>,
+}
+
+impl OrderedLane {
+    fn new(pipeline: &Pipeline, plan: &MicroBatch) -> Self {
+        let lane = Lane::new(pipeline.queries.clone(), pipeline.event_time, plan.watermarks.late_ms);
+        OrderedLane {
+            state: Mutex::new(LaneState { next: 0, waiting: BTreeMap::new(), lane: Some(lane) }),
+            drained: Condvar::new(),
+        }
+    }
+
+    /// Hands in a decoded chunk. If no one is aggregating, this worker does, for as long as the next chunk is there.
+    fn submit(&self, sequence: u64, batch: RecordBatch, job: &Job<'_>) -> Result<(), Error> {
+        let mut state = lock(&self.state);
+        state.waiting.insert(sequence, batch);
+        loop {
+            let next = state.next;
+            if state.lane.is_none() {
+                // Someone else is aggregating and will come to ours; wait only so that a single hot partition
+                // cannot be decoded far ahead of its aggregation.
+                if state.waiting.len() <= 2 * job.pipeline.workers {
+                    return Ok(());
+                }
+                if job.cancel.load(Ordering::Relaxed) {
+                    return Err(Error::Cancelled);
+                }
+                let timeout = Duration::from_millis(50);
+                state = self.drained.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
+            let Some(batch) = state.waiting.remove(&next) else { return Ok(()) };
+            let Some(mut lane) = state.lane.take() else { return Ok(()) };
+            state.next += 1;
+            drop(state);
+            let updated = lane.update(&batch);
+            state = lock(&self.state);
+            state.lane = Some(lane);
+            self.drained.notify_all();
+            updated?;
+        }
+    }
+
+    fn into_lane(self) -> Result<Lane, Error> {
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if !state.waiting.is_empty() {
+            return Err(Error::Internal(format!("chunk {} of a partition never arrived", state.next)));
+        }
+        state.lane.ok_or_else(|| Error::Internal("a worker left with a partition's aggregation".into()))
+    }
+}
+
+/// Writing the windows that the watermark has closed.
+struct Emit<'a> {
+    pipeline: &'a Pipeline,
+    sink: &'a IcebergSink,
+    plan: &'a MicroBatch,
+    attempt: Uuid,
+    closed: Mutex<std::vec::IntoIter<ClosedWindow>>,
+}
+
+impl Emit<'_> {
+    fn run(&self, worker: usize) -> Result<Output, Error> {
+        let mut writers =
+            Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() };
+        let mut counts = Counts::default();
+        loop {
+            let next = lock(&self.closed).next();
+            let Some(window) = next else { break };
+            let table = self.pipeline.windows[window.query()];
+            let (start, end) = (window.start_us(), window.end_us());
+            let (batches, overflowed) = window.evaluate()?;
+            for batch in &batches {
+                *counts.windows.entry(self.pipeline.tables[table].name.clone()).or_default() += batch.num_rows() as u64;
+                writers.write(table, batch)?;
+            }
+            if overflowed > 0 {
+                let message = format!(
+                    "{overflowed} groups of {} in the window [{}, {}) have an integer sum beyond 64 bits; it is null there",
+                    self.pipeline.tables[table].name,
+                    timestamp_text(start),
+                    timestamp_text(end)
+                );
+                tracing::warn!(table = self.pipeline.tables[table].name, window_start = %timestamp_text(start), groups = overflowed, "integer sum overflowed");
+                let dead = dead_letter::from_overflows(&[message], self.plan.batch, self.plan.trigger_time_ms);
+                writers.write(self.pipeline.dead_letters, &dead)?;
+                *counts.dead_letters.entry(Reason::Overflow.code().to_string()).or_default() += 1;
+            }
+        }
+        Ok(Output { files: writers.finish()?, counts })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A worker that panicked fails the whole attempt, whose values are then dropped.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
