@@ -122,7 +122,12 @@ impl Error {
 fn gaps_text(gaps: &[Gap]) -> String {
     let texts: Vec<String> = gaps
         .iter()
-        .map(|g| format!("offsets [{}, {}) of {}-{} are gone ({})", g.range.start, g.range.end, g.topic, g.partition, g.cause))
+        .map(|g| {
+            format!(
+                "offsets [{}, {}) of {}-{} are gone ({})",
+                g.range.start, g.range.end, g.topic, g.partition, g.cause
+            )
+        })
         .collect();
     texts.join("; ")
 }
