@@ -750,3 +750,15 @@ fn every_setting_is_in_the_readme_with_its_default() {
         }
     }
 }
+
+#[test]
+fn the_readme_knows_every_reason_and_no_metric_that_is_not_there() {
+    let readme = include_str!("../../README.md");
+    for reason in crate::dead_letter::Reason::ALL {
+        assert!(readme.contains(&format!("| `{}` |", reason.code())), "{}", reason.code());
+    }
+    let metrics = include_str!("../telemetry/metrics.rs");
+    for name in readme.split('`').filter(|word| word.starts_with("floe_")) {
+        assert!(metrics.contains(&format!("\"{name}\"")), "{name}");
+    }
+}
