@@ -318,18 +318,19 @@ impl Reader {
     }
 
     fn check_existence(&self, lanes: &[Lane]) -> Result<(), Error> {
-        let (Some(assigned), Some(lane)) = (&self.assigned, lanes.first()) else { return Ok(()) };
-        let partition = &assigned.slots[lane.slot].partition;
-        // Twice, from whichever brokers answer: one that has just started may not have heard of it yet.
-        for last in [false, true] {
-            if exists(&assigned.client, partition) != Some(false) {
-                return Ok(());
-            }
-            if !last {
-                std::thread::sleep(HOUSEKEEPING);
+        let Some(assigned) = &self.assigned else { return Ok(()) };
+        let mut partitions: Vec<_> = lanes.iter().map(|lane| &assigned.slots[lane.slot].partition).collect();
+        partitions.dedup_by_key(|p| p.topic.clone());
+        for partition in partitions {
+            // Twice: a broker that has just started may not have heard of it yet.
+            if exists(&assigned.client, partition) == Some(false) {
+                std::thread::sleep(2 * HOUSEKEEPING);
+                if exists(&assigned.client, partition) == Some(false) {
+                    return Err(gone(partition, &self.brokers));
+                }
             }
         }
-        Err(gone(partition, &self.brokers))
+        Ok(())
     }
 
     /// Lets go of the client without waiting for it.
