@@ -16,7 +16,6 @@ use rdkafka::ClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::mocking::MockCluster;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext};
 
 use crate::dead_letter::Reason;
@@ -52,7 +51,7 @@ pub struct Plan {
     /// Records a second.
     pub rate: u32,
     pub devices: u32,
-    /// Event time of the first record, milliseconds since the epoch.
+    /// No on-time record is older, milliseconds since the epoch.
     pub start_ms: i64,
     pub seed: u64,
 }
@@ -171,8 +170,8 @@ impl Producer {
         let thread = std::thread::Builder::new()
             .name("demo-devices".to_string())
             .spawn(move || match broker(&thread_shared) {
-                Ok((cluster, producer)) => {
-                    let _ = up.send(Ok(cluster.bootstrap_servers()));
+                Ok((producer, bootstrap_servers)) => {
+                    let _ = up.send(Ok(bootstrap_servers));
                     produce(&producer, &plan, &thread_shared);
                     while !thread_shared.end.load(Ordering::Relaxed) {
                         producer.poll(Duration::from_millis(50));
@@ -223,18 +222,32 @@ impl Drop for Producer {
     }
 }
 
-type Broker = (MockCluster<'static, rdkafka::producer::DefaultProducerContext>, BaseProducer<Acknowledgements>);
-
-fn broker(shared: &Arc<Shared>) -> Result<Broker, KafkaError> {
-    let cluster = MockCluster::new(1)?;
-    cluster.create_topic(TOPIC, PARTITIONS as i32, 1)?;
-    let producer = ClientConfig::new()
-        .set("bootstrap.servers", cluster.bootstrap_servers())
+/// A producer that brings its broker along, and the broker's address. Both end with the producer.
+fn broker(shared: &Arc<Shared>) -> Result<(BaseProducer<Acknowledgements>, String), KafkaError> {
+    let producer: BaseProducer<Acknowledgements> = ClientConfig::new()
+        .set("test.mock.num.brokers", "1")
         .set("enable.idempotence", "true")
         .set("linger.ms", "5")
         .set("client.id", "floe-demo-devices")
         .create_with_context(Acknowledgements(shared.clone()))?;
-    Ok((cluster, producer))
+    // The mock cluster numbers its brokers from 1 and calls number 0 its controller, for which clients then wait in vain.
+    // SAFETY: the cluster belongs to the client, which is alive; the call copies its argument.
+    #[allow(unsafe_code)]
+    let added = unsafe {
+        let cluster = rdkafka_sys::rd_kafka_handle_mock_cluster(producer.client().native_ptr());
+        if cluster.is_null() {
+            return Err(KafkaError::MockCluster(RDKafkaErrorCode::State));
+        }
+        rdkafka_sys::rd_kafka_mock_broker_add(cluster, 0)
+    };
+    if added != rdkafka_sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
+        return Err(KafkaError::MockCluster(added.into()));
+    }
+    let cluster = producer.client().mock_cluster().ok_or(KafkaError::MockCluster(RDKafkaErrorCode::State))?;
+    cluster.create_topic(TOPIC, PARTITIONS as i32, 1)?;
+    let bootstrap_servers = cluster.bootstrap_servers();
+    drop(cluster);
+    Ok((producer, bootstrap_servers))
 }
 
 fn produce(producer: &BaseProducer<Acknowledgements>, plan: &Plan, shared: &Shared) {
@@ -309,7 +322,8 @@ impl Devices {
     /// record late.
     fn next(&mut self, device: u32, index: u64) -> Sent {
         let r = &mut self.random;
-        let stream_ms = self.plan.start_ms + (index as f64 * 1000.0 * SPEED as f64 / f64::from(self.plan.rate)) as i64;
+        let since_ms = (index as f64 * 1000.0 * SPEED as f64 / f64::from(self.plan.rate)) as i64;
+        let stream_ms = self.plan.start_ms + DISORDER_MS as i64 + since_ms;
         let dice = r.below(1000);
         let fate = if dice < 10 { Fate::DeadLetter(BAD[r.below(BAD.len() as u64) as usize]) } else { Fate::Row };
         let late = (10..14).contains(&dice);
