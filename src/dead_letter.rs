@@ -35,6 +35,8 @@ pub enum Reason {
     BadLength,
     UnknownField,
     FutureEventTime,
+    /// A derived column or the filter failed on the record, as a division by zero does.
+    ExpressionFailed,
     /// A window's integer sum did not fit; the window's value is null.
     Overflow,
     /// Not a record: offsets that expired before they were read (`fail_on_data_loss = false`).
@@ -42,7 +44,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 18] = [
+    pub const ALL: [Reason; 19] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -59,6 +61,7 @@ impl Reason {
         Reason::BadLength,
         Reason::UnknownField,
         Reason::FutureEventTime,
+        Reason::ExpressionFailed,
         Reason::Overflow,
         Reason::DataLoss,
     ];
@@ -81,6 +84,7 @@ impl Reason {
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
             Reason::FutureEventTime => "future_event_time",
+            Reason::ExpressionFailed => "expression_failed",
             Reason::Overflow => "overflow",
             Reason::DataLoss => "data_loss",
         }
@@ -162,6 +166,9 @@ pub fn from_overflows(messages: &[String], batch: BatchId, trigger_time_ms: i64)
     rows.finish()
 }
 
+/// Name and value.
+type Header = (String, Option<Vec<u8>>);
+
 struct Row<'a> {
     reason: Reason,
     path: Option<&'a str>,
@@ -173,7 +180,7 @@ struct Row<'a> {
     timestamp_ms: Option<i64>,
     key: Option<&'a [u8]>,
     payload: Option<&'a [u8]>,
-    headers: Option<&'a [(String, Option<Vec<u8>>)]>,
+    headers: Option<&'a [Header]>,
 }
 
 impl<'a> Row<'a> {

@@ -22,8 +22,9 @@ pub enum Kind {
 /// Any failure of a running query.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error(transparent)]
-    Config(#[from] crate::config::ConfigErrors),
+    /// The configuration does not compile: SQL that no longer fits the schema, say.
+    #[error("{0}")]
+    Compile(String),
     #[error(transparent)]
     Storage(#[from] crate::storage::OpenError),
     #[error(transparent)]
@@ -89,7 +90,7 @@ pub enum Error {
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Error::Storage(_) | Error::Vanished(_) | Error::Config(_) | Error::Http { .. } => Kind::Fatal,
+            Error::Storage(_) | Error::Vanished(_) | Error::Compile(_) | Error::Http { .. } => Kind::Fatal,
             Error::Checkpoint(e) => e.kind(),
             Error::Source(e) => e.kind(),
             Error::Transform(e) => e.kind(),
@@ -110,7 +111,7 @@ impl Error {
     /// 2: the configuration is wrong; 3: a person has to decide; 1: anything else.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Config(_) | Error::Storage(_) => 2,
+            Error::Compile(_) | Error::Storage(_) => 2,
             Error::Http { .. } => 1,
             e if e.kind() == Kind::Fatal => 3,
             _ => 1,

@@ -80,6 +80,7 @@ pub fn execute(
     for lane in &lanes {
         account.counts.max_event_time_us = account.counts.max_event_time_us.max(lane.max_event_time_us());
         account.counts.without_event_time += lane.rows_without_time();
+        account.counts.failed_values += lane.failed_values().iter().sum::<u64>();
         for (query, late) in lane.late_rows().iter().enumerate() {
             *account.counts.late.entry(pipeline.tables[pipeline.windows[query]].name.clone()).or_default() += late;
         }
@@ -243,7 +244,7 @@ impl<'a> Job<'a> {
         self.refuse_future(&mut batch, &mut records, &mut rejected)?;
         let decoded_rows = batch.num_rows();
         if let Some(transform) = &self.pipeline.transform {
-            let transformed = transform.apply(&batch).map_err(|e| Error::Internal(e.to_string()))?;
+            let transformed = transform.apply(&batch)?;
             for (row, message) in &transformed.failed {
                 rejected.push(Rejection {
                     record: records[*row],
@@ -253,7 +254,7 @@ impl<'a> Job<'a> {
                 });
             }
             if let Some(kept) = &transformed.kept {
-                records = keep_records(&records, kept);
+                records = kept.iter().map(|&row| records[row as usize]).collect();
             }
             counts.filtered += (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
             batch = transformed.batch;

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use crate::batch::{self, Gap, Limits, MicroBatch, OffsetRange, Offsets, TopicPartition, Watermarks};
 use crate::checkpoint::{self, Checkpoint, CommitEntry, LoggedPlan, StateFile, StateKind};
 use crate::clock::{self, ClockMs};
-use crate::config::{Config, ConfigErrors, StartingOffsets};
+use crate::config::{Config, StartingOffsets};
 use crate::dead_letter;
 use crate::error::{Error, Kind};
 use crate::execute::{self, Executed};
@@ -26,7 +26,7 @@ use crate::failpoint;
 use crate::retry::with_deadline;
 use crate::schema::Schema;
 use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableInfo, TableSpec};
-use crate::source::kafka::KafkaSource;
+use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::source::{self, Available, Source};
 use crate::state::{StateStore, WindowQuery};
 use crate::telemetry::{
@@ -134,10 +134,12 @@ pub async fn run_observed(
     shutdown: watch::Receiver<bool>,
     on_batch: impl Fn(&BatchProgress) + Send + Sync + 'static,
 ) -> Result<(), Error> {
-    let pipeline = Pipeline::compile(&config).map_err(|e| Error::Config(ConfigErrors::from_messages(e)))?;
+    let pipeline = Pipeline::compile(&config).map_err(|problems| Error::Compile(problems.join("\n")))?;
     let guarantee = format!("exactly once; {} tables appear together (sqlite)", pipeline.tables.len());
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
+    let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
+    telemetry.tables(&names(&(0..pipeline.tables.len()).collect::<Vec<_>>()), &names(&pipeline.windows));
     if let Some(listen) = config.http.listen {
         crate::telemetry::serve(listen, telemetry.clone(), shutdown.clone())
             .await
@@ -349,7 +351,7 @@ impl Session {
             .filter(|c| c.counts.records > 0)
             .map(|c| c.counts.bytes as f64 / c.counts.records as f64);
         let name = config.name.clone();
-        let source = blocking(move || Ok(KafkaSource::new(&config.source, &name, config.execution.buffer_bytes)?)).await?;
+        let source = blocking(move || Ok(KafkaSource::new(&config.source, QueryNames::of(&name), ChunkSettings::with_buffer(config.execution.buffer_bytes))?)).await?;
         tracing::info!(
             batch = last.as_ref().map(|l| l.plan.batch),
             pending = pending.as_ref().map(|p| p.plan.batch),
@@ -484,7 +486,7 @@ impl Session {
         })
         .await?;
         durations.insert("add_batch".into(), millis(started));
-        let Executed { files, delta, state, counts } = executed;
+        let Executed { files, delta, mut state, counts } = executed;
         if failpoint::hit("execute.files_written") {
             return Err(Error::Internal("failpoint execute.files_written".into()));
         }
@@ -526,7 +528,7 @@ impl Session {
                 Err(e) => {
                     // A successor that has moved on explains a marker beyond ours better than an old checkpoint does.
                     self.checkpoint.check_owner().await?;
-                    Err(e.into())
+                    Err(Error::from(e))
                 }
             }
         })
@@ -691,11 +693,11 @@ impl Session {
             files: *files,
             snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
         });
-        let state_operators = state.stats().into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
+        let state_operators = state.stats().queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
             let table = query.pipeline.tables[table].name.clone();
             StateOperator {
                 num_rows_total: stats.groups,
-                num_windows: stats.windows,
+                num_windows: stats.open_windows,
                 memory_used_bytes: stats.bytes,
                 num_rows_updated: None,
                 num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),

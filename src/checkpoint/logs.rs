@@ -36,6 +36,8 @@ pub struct Counts {
     pub windows: BTreeMap<String, u64>,
     /// Rows whose event time is null: in no window.
     pub without_event_time: u64,
+    /// Values that an aggregate took as null because its expression failed on the row, as a division by zero does.
+    pub failed_values: u64,
     /// The latest event time among the rows, late ones included.
     pub max_event_time_us: Option<i64>,
     /// Bytes of keys and values read; the next plan's `bytes_per_record` comes from here.
@@ -57,6 +59,7 @@ impl Counts {
         merge(&mut self.late, &other.late);
         merge(&mut self.windows, &other.windows);
         self.without_event_time += other.without_event_time;
+        self.failed_values += other.failed_values;
         self.max_event_time_us = self.max_event_time_us.max(other.max_event_time_us);
         self.bytes += other.bytes;
     }

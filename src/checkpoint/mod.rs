@@ -141,6 +141,12 @@ impl Checkpoint {
     }
 
     /// Fatal when a higher epoch than ours exists; call it before each plan.
+    /// The epoch under which this process owns the query.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Fatal when a higher epoch is there: another process owns the query.
     pub async fn check_owner(&self) -> Result<(), Error> {
         owners::check(&self.files, self.epoch).await
     }

@@ -1,1 +1,125 @@
-//! One file a subcommand.
+//! One file a subcommand. Owns: arguments, signals, exit codes, what goes to the terminal. Does not own: anything that a
+//! query does.
+
+pub mod check;
+pub mod demo;
+pub mod run;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigErrors};
+
+/// Kafka topics in, Apache Iceberg tables out, exactly once.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 2 wrong configuration, 3 needs a person (data loss, schema conflict, another \
+                          owner), 1 anything else.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a pipeline until it is stopped, or with `available_now` until it has read what there is.
+    Run(File),
+    /// Look for every mistake in a configuration, then try broker, catalog and stores. Creates no table.
+    Check(File),
+    /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
+    /// checked at the end.
+    Demo(demo::DemoOptions),
+}
+
+#[derive(Debug, Args)]
+struct File {
+    /// The pipeline's configuration, TOML.
+    #[arg(env = "FLOE_CONFIG")]
+    file: PathBuf,
+}
+
+/// Why a command has not succeeded. The message is for the terminal.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the configuration is wrong:\n{0}")]
+    Config(ConfigErrors),
+    #[error("{0}")]
+    Variable(String),
+    #[error("{0}")]
+    Query(#[from] crate::error::Error),
+    #[error("{0}")]
+    Demo(#[from] demo::Error),
+    #[error("{failed} of {probes} probes failed")]
+    Check { failed: usize, probes: usize },
+    #[error("{0}")]
+    Other(String),
+}
+
+impl Error {
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Config(_) | Error::Variable(_) => 2,
+            Error::Query(e) => e.exit_code(),
+            Error::Demo(demo::Error::Query(e)) => e.exit_code(),
+            Error::Demo(_) | Error::Check { .. } | Error::Other(_) => 1,
+        }
+    }
+}
+
+impl Cli {
+    pub async fn execute(self) -> Result<ExitCode, Error> {
+        match self.command {
+            Command::Run(File { file }) => {
+                crate::telemetry::init_logs().map_err(Error::Variable)?;
+                run::run(load(&file)?).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Check(File { file }) => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                check::check(&load(&file)?).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Demo(options) => {
+                crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
+                Ok(demo::demo(&options).await?)
+            }
+        }
+    }
+}
+
+fn load(file: &Path) -> Result<Config, Error> {
+    // A variable that is not UTF-8 cannot be one of Floe's.
+    let env: BTreeMap<String, String> =
+        std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect();
+    crate::config::load(file, &env).map_err(Error::Config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments() {
+        for (line, ok) in [
+            ("floe run pipeline.toml", true),
+            ("floe check pipeline.toml", true),
+            ("floe demo --seconds 3", true),
+            ("floe run a b", false),
+            ("floe", false),
+        ] {
+            assert_eq!(Cli::try_parse_from(line.split(' ')).is_ok(), ok, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_configuration_ends_with_2_and_a_failed_probe_with_1() {
+        let error = load(Path::new("/does/not/exist.toml")).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("/does/not/exist.toml: cannot read the configuration: "), "{error}");
+        assert_eq!(Error::Check { failed: 1, probes: 4 }.exit_code(), 1);
+    }
+}

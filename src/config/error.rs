@@ -9,6 +9,8 @@ pub enum Place {
     /// Line 0 means the file as a whole.
     File(PathBuf, usize),
     Variable(String),
+    /// The problem says it.
+    Unknown,
 }
 
 impl fmt::Display for Place {
@@ -17,6 +19,7 @@ impl fmt::Display for Place {
             Place::File(path, 0) => write!(f, "{}", path.display()),
             Place::File(path, line) => write!(f, "{}:{line}", path.display()),
             Place::Variable(name) => write!(f, "${name}"),
+            Place::Unknown => Ok(()),
         }
     }
 }
@@ -31,7 +34,9 @@ pub struct ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.place)?;
+        if self.place != Place::Unknown {
+            write!(f, "{}: ", self.place)?;
+        }
         if !self.key.is_empty() {
             write!(f, "{}: ", self.key)?;
         }
@@ -42,6 +47,14 @@ impl fmt::Display for ConfigError {
 /// All mistakes of a configuration, in the order of the file, then of the environment. Never empty.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub struct ConfigErrors(pub Vec<ConfigError>);
+
+impl ConfigErrors {
+    /// For mistakes that name their place themselves.
+    pub fn from_messages(messages: Vec<String>) -> ConfigErrors {
+        let error = |problem| ConfigError { place: Place::Unknown, key: String::new(), problem };
+        ConfigErrors(messages.into_iter().map(error).collect())
+    }
+}
 
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -6,9 +6,11 @@ pub fn partition_column(text: &str) -> Result<&str, String> {
     let text = text.trim();
     let Some((function, rest)) = text.split_once('(') else { return column(text) };
     let arguments = rest.strip_suffix(')').ok_or_else(|| format!("{text:?} has no closing parenthesis"))?;
-    let function = function.trim();
-    match function {
-        "identity" | "year" | "month" | "day" | "hour" => column(arguments.trim()),
+    let function = function.trim().to_ascii_lowercase();
+    match function.as_str() {
+        "identity" | "year" | "years" | "month" | "months" | "day" | "days" | "hour" | "hours" => {
+            column(arguments.trim())
+        }
         "bucket" | "truncate" => {
             let (width, name) = arguments
                 .split_once(',')
@@ -25,22 +27,16 @@ pub fn partition_column(text: &str) -> Result<&str, String> {
     }
 }
 
-/// `column [asc|desc] [nulls first|nulls last]` → the column.
+/// `device_id`, `device_id desc`, `day(event_timestamp) asc` → the column.
 pub fn sort_column(text: &str) -> Result<&str, String> {
-    let mut words = text.split_whitespace();
-    let name = column(words.next().unwrap_or(""))?;
-    let rest: Vec<String> = words.map(str::to_ascii_lowercase).collect();
-    let mut rest: &[String] = &rest;
-    if let [first, tail @ ..] = rest
-        && (first == "asc" || first == "desc")
-    {
-        rest = tail;
-    }
-    match rest {
-        [] => Ok(name),
-        [nulls, place] if nulls == "nulls" && (place == "first" || place == "last") => Ok(name),
-        _ => Err(format!("{text:?} is no sort key; allowed is: column [asc|desc] [nulls first|nulls last]")),
-    }
+    let text = text.trim();
+    let direction = text.rsplit_once(char::is_whitespace).filter(|(_, last)| {
+        let last = last.to_ascii_lowercase();
+        last == "asc" || last == "desc"
+    });
+    partition_column(direction.map_or(text, |(key, _)| key)).map_err(|_| {
+        format!("{text:?} is no sort key; allowed is a column, or one as in partition_by, then asc or desc")
+    })
 }
 
 fn column(text: &str) -> Result<&str, String> {
@@ -75,10 +71,10 @@ mod tests {
         for (text, expected) in [
             ("device_id", Some("device_id")),
             ("device_id desc", Some("device_id")),
-            ("device_id ASC NULLS LAST", Some("device_id")),
-            ("device_id nulls first", Some("device_id")),
+            ("device_id ASC", Some("device_id")),
+            ("day(event_timestamp) desc", Some("event_timestamp")),
             ("device_id down", None),
-            ("device_id desc nulls", None),
+            ("device_id desc nulls last", None),
             ("", None),
         ] {
             assert_eq!(sort_column(text).ok(), expected, "{text:?}");

@@ -6,12 +6,12 @@ use sha2::{Digest, Sha256};
 use super::{Config, TableConfig};
 
 /// SHA-256 over a canonical form. In it: schema document, transform, event time, and of every table its name, columns and
-/// keys. Not in it: what decides only where from, how fast and how often, such as brokers, trigger, limits and retry.
+/// keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
+/// and retry.
 pub fn fingerprint(config: &Config, schema_document: &str) -> String {
     // A document that is not JSON has been refused before.
     let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
     let meaning = json!({
-        "topics": sorted(&config.source.topics),
         "schema": canonical(schema),
         "filter": config.transform.filter,
         "columns": config.transform.columns,
@@ -34,12 +34,6 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
 
 fn table(table: &TableConfig) -> &str {
     &table.table
-}
-
-fn sorted(topics: &[String]) -> Vec<&String> {
-    let mut topics: Vec<_> = topics.iter().collect();
-    topics.sort();
-    topics
 }
 
 /// Layout and order of keys in the document have no meaning.

@@ -82,6 +82,26 @@ pub fn parse(text: &str, path: &Path, env: &BTreeMap<String, String>) -> Result<
     }
 }
 
+impl Config {
+    /// Every table of the pipeline: rows, windows, dead letters.
+    pub fn tables(&self) -> impl Iterator<Item = &TableConfig> {
+        self.rows.iter().chain(self.windows.iter().map(|w| &w.table)).chain(std::iter::once(&self.dead_letters))
+    }
+
+    /// What a reader of the tables may rely on, as it follows from the configuration.
+    pub fn guarantee(&self) -> String {
+        let mut text = match self.source.kafka.get("isolation.level").map(String::as_str) {
+            Some("read_uncommitted") => "exactly once, records of aborted transactions included".to_string(),
+            _ => "exactly once".to_string(),
+        };
+        if !self.source.fail_on_data_loss {
+            text.push_str(", but offsets that expire before they are read are only recorded in the dead letters");
+        }
+        let CatalogConfig::Sqlite { .. } = &self.catalog;
+        format!("{text}; {} tables appear together (sqlite)", self.tables().count())
+    }
+}
+
 #[derive(Clone)]
 pub struct SourceConfig {
     pub bootstrap_servers: String,

@@ -3,13 +3,36 @@
 use arrow::datatypes::SchemaRef;
 
 use super::{EventTimeConfig, TransformConfig, WindowConfig};
+use crate::state::WindowQuery;
+use crate::transform::Transform;
 
-/// Mistakes with the key of the section that each is in.
+/// The mistakes, each with its key.
 pub fn compile_pipeline(
-    _schema: &SchemaRef,
-    _transform: &TransformConfig,
-    _event_time: Option<&EventTimeConfig>,
-    _windows: &[WindowConfig],
+    schema: &SchemaRef,
+    transform: &TransformConfig,
+    event_time: Option<&EventTimeConfig>,
+    windows: &[WindowConfig],
 ) -> Vec<(String, String)> {
-    Vec::new()
+    let columns = match Transform::compile(transform, schema) {
+        Ok(transform) => transform.output_schema(),
+        // Windows may use the very columns that are wrong.
+        Err(problems) => return problems.iter().map(|p| with_key("", p)).collect(),
+    };
+    let Some(event_time) = event_time else { return Vec::new() };
+    let mut found = Vec::new();
+    for (index, window) in windows.iter().enumerate() {
+        if let Err(problems) = WindowQuery::compile(window, &columns, &event_time.column) {
+            let subject = format!("window table {}: ", window.table.table);
+            let section = format!("windows.{index}.");
+            found.extend(problems.iter().map(|p| with_key(&section, p.strip_prefix(&subject).unwrap_or(p))));
+        }
+    }
+    found
+}
+
+/// The compilers' messages begin with what they are about: `transform.filter = "…": …`, `group_by: …`.
+fn with_key(section: &str, message: &str) -> (String, String) {
+    let end = message.find([' ', ':']).unwrap_or(0);
+    let problem = message[end..].trim_start_matches([' ', ':', '=']);
+    (format!("{section}{}", &message[..end]), problem.to_string())
 }

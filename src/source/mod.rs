@@ -17,13 +17,23 @@ pub enum Error {
     Transient { message: String },
     #[error("{message}")]
     Fatal { message: String },
+    /// Records that a plan promised are gone from the brokers. What then happens is the query's decision.
+    #[error("{partition}: records from offset {wanted} on were planned, but {}", describe(*.available))]
+    DataLoss { partition: TopicPartition, wanted: i64, available: Option<OffsetRange> },
+}
+
+fn describe(available: Option<OffsetRange>) -> String {
+    match available {
+        Some(r) => format!("the brokers hold only offsets {} to {} (exclusive) now", r.start, r.end),
+        None => "the brokers no longer hold them".into(),
+    }
 }
 
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Error::Transient { .. } => Kind::Transient,
-            Error::Fatal { .. } => Kind::Fatal,
+            Error::Fatal { .. } | Error::DataLoss { .. } => Kind::Fatal,
         }
     }
 }
@@ -50,8 +60,11 @@ pub struct Chunk {
     pub data: Vec<u8>,
     pub records: Vec<Record>,
     /// Headers of the few records that have them, by record index: name and value.
-    pub headers: Vec<(u32, Vec<(String, Option<Vec<u8>>)>)>,
+    pub headers: Vec<(u32, Headers)>,
 }
+
+/// Names, which may repeat, and values.
+pub type Headers = Vec<(String, Option<Vec<u8>>)>;
 
 /// Where a record's parts stand in `Chunk::data`: key first, then value. `NONE` as a length means null.
 #[derive(Clone, Copy, Debug)]

@@ -1,4 +1,6 @@
 //! The groups of one window: their keys and accumulators. Lanes and the store use the same table.
+//!
+//! Invariant: group i of the keys is group i of every accumulator, and groups keep the order of their first row.
 
 use arrow::array::ArrayRef;
 use datafusion_common::{Result, internal_err};
@@ -9,9 +11,22 @@ use datafusion_physical_plan::aggregates::order::GroupOrdering;
 use super::narrow_sums;
 use super::query::WindowQuery;
 
+/// How many groups a window may have before its keys move into a hash table. An empty hash table takes some 12 KiB: too
+/// much for windows of a few groups, of which a backlog of sparse data opens tens of thousands at once.
+const FEW_GROUPS: usize = 16;
+/// A window that is given this many rows at once gets its hash table, however few groups they have: it is faster.
+const MANY_ROWS: usize = 64;
+
+enum Keys {
+    /// No `group_by`: one group.
+    None,
+    /// In Arrow's row format, compared one after another.
+    Few(Vec<Box<[u8]>>),
+    Many(Box<dyn GroupValues>),
+}
+
 pub(super) struct GroupTable {
-    /// None: no `group_by`, one group.
-    keys: Option<Box<dyn GroupValues>>,
+    keys: Keys,
     groups: usize,
     accumulators: Vec<Box<dyn GroupsAccumulator>>,
     /// How many state columns each accumulator has.
@@ -28,10 +43,7 @@ pub(super) struct Partial {
 
 impl GroupTable {
     pub fn new(query: &WindowQuery) -> Result<Self> {
-        let keys = match query.key_schema().fields().is_empty() {
-            true => None,
-            false => Some(new_group_values(query.key_schema().clone(), &GroupOrdering::None)?),
-        };
+        let keys = if query.key_schema().fields().is_empty() { Keys::None } else { Keys::Few(Vec::new()) };
         let accumulators = query.aggregates().iter().map(|a| a.accumulator()).collect::<Result<_>>()?;
         let states = query.aggregates().iter().map(|a| a.states()).collect();
         Ok(GroupTable { keys, groups: 0, accumulators, states })
@@ -43,27 +55,36 @@ impl GroupTable {
 
     pub fn bytes(&self) -> usize {
         let accumulators: usize = self.accumulators.iter().map(|a| a.size()).sum();
-        self.keys.as_ref().map_or(0, |keys| keys.size()) + accumulators
+        let keys = match &self.keys {
+            Keys::None => 0,
+            Keys::Few(keys) => keys.iter().map(|key| key.len() + size_of::<Box<[u8]>>()).sum(),
+            Keys::Many(keys) => keys.size(),
+        };
+        keys + accumulators
     }
 
-    /// Aggregates rows: `arguments` has one column an accumulator. `indices` is scratch space.
+    /// Aggregates rows; `arguments` are those of the query, `indices` is scratch space.
     pub fn update(
         &mut self,
+        query: &WindowQuery,
         keys: &[ArrayRef],
         arguments: &[ArrayRef],
         rows: usize,
         indices: &mut Vec<usize>,
     ) -> Result<()> {
-        self.intern(keys, rows, indices)?;
-        for (accumulator, argument) in self.accumulators.iter_mut().zip(arguments) {
+        self.intern(query, keys, rows, indices)?;
+        for (accumulator, aggregate) in self.accumulators.iter_mut().zip(query.aggregates()) {
+            let Some(argument) = arguments.get(aggregate.argument()) else {
+                return internal_err!("an aggregate lacks its argument");
+            };
             accumulator.update_batch(std::slice::from_ref(argument), indices, None, self.groups)?;
         }
         Ok(())
     }
 
-    pub fn merge(&mut self, partial: &Partial) -> Result<()> {
+    pub fn merge(&mut self, query: &WindowQuery, partial: &Partial) -> Result<()> {
         let mut indices = Vec::with_capacity(partial.groups);
-        self.intern(&partial.keys, partial.groups, &mut indices)?;
+        self.intern(query, &partial.keys, partial.groups, &mut indices)?;
         let mut states = partial.states.as_slice();
         for (accumulator, &count) in self.accumulators.iter_mut().zip(&self.states) {
             let Some((state, rest)) = states.split_at_checked(count) else {
@@ -75,14 +96,25 @@ impl GroupTable {
         Ok(())
     }
 
-    fn intern(&mut self, keys: &[ArrayRef], rows: usize, indices: &mut Vec<usize>) -> Result<()> {
-        match &mut self.keys {
-            Some(values) => {
-                values.intern(keys, indices)?;
-                self.groups = values.len();
+    fn intern(&mut self, query: &WindowQuery, keys: &[ArrayRef], rows: usize, indices: &mut Vec<usize>) -> Result<()> {
+        indices.clear();
+        if let Keys::Few(few) = &mut self.keys {
+            if rows < MANY_ROWS && intern_few(query, few, keys, indices)? {
+                self.groups = few.len();
+                return Ok(());
             }
-            None => {
-                indices.clear();
+            let mut many = new_group_values(query.key_schema().clone(), &GroupOrdering::None)?;
+            if !few.is_empty() {
+                many.intern(&few_columns(query, few)?, indices)?;
+            }
+            self.keys = Keys::Many(many);
+        }
+        match &mut self.keys {
+            Keys::Many(many) => {
+                many.intern(keys, indices)?;
+                self.groups = many.len();
+            }
+            _ => {
                 indices.resize(rows, 0);
                 self.groups = self.groups.max(rows.min(1));
             }
@@ -90,8 +122,8 @@ impl GroupTable {
         Ok(())
     }
 
-    pub fn into_partial(mut self) -> Result<Partial> {
-        let keys = self.emit_keys()?;
+    pub fn into_partial(mut self, query: &WindowQuery) -> Result<Partial> {
+        let keys = self.emit_keys(query)?;
         let mut states = Vec::with_capacity(self.states.iter().sum());
         for accumulator in &mut self.accumulators {
             states.extend(accumulator.state(EmitTo::All)?);
@@ -101,7 +133,7 @@ impl GroupTable {
 
     /// Keys and final values, and the number of groups in which an integer sum overflowed.
     pub fn evaluate(mut self, query: &WindowQuery) -> Result<(Vec<ArrayRef>, u64)> {
-        let mut columns = self.emit_keys()?;
+        let mut columns = self.emit_keys(query)?;
         let mut overflowed = vec![false; self.groups];
         for (accumulator, aggregate) in self.accumulators.iter_mut().zip(query.aggregates()) {
             let values = accumulator.evaluate(EmitTo::All)?;
@@ -113,7 +145,39 @@ impl GroupTable {
         Ok((columns, overflowed.iter().filter(|o| **o).count() as u64))
     }
 
-    fn emit_keys(&mut self) -> Result<Vec<ArrayRef>> {
-        self.keys.as_mut().map_or(Ok(Vec::new()), |keys| keys.emit(EmitTo::All))
+    fn emit_keys(&mut self, query: &WindowQuery) -> Result<Vec<ArrayRef>> {
+        match &mut self.keys {
+            Keys::None => Ok(Vec::new()),
+            Keys::Few(few) => few_columns(query, few),
+            Keys::Many(many) => many.emit(EmitTo::All),
+        }
     }
+}
+
+/// Finds or adds the group of every row; false if they become more than a few, `few` is then valid, `indices` is not.
+fn intern_few(
+    query: &WindowQuery,
+    few: &mut Vec<Box<[u8]>>,
+    keys: &[ArrayRef],
+    indices: &mut Vec<usize>,
+) -> Result<bool> {
+    let rows = query.key_rows().convert_columns(keys)?;
+    for row in &rows {
+        let key = row.as_ref();
+        let group = match few.iter().position(|known| known.as_ref() == key) {
+            Some(group) => group,
+            None if few.len() == FEW_GROUPS => return Ok(false),
+            None => {
+                few.push(key.into());
+                few.len() - 1
+            }
+        };
+        indices.push(group);
+    }
+    Ok(true)
+}
+
+fn few_columns(query: &WindowQuery, few: &[Box<[u8]>]) -> Result<Vec<ArrayRef>> {
+    let parser = query.key_rows().parser();
+    Ok(query.key_rows().convert_rows(few.iter().map(|key| parser.parse(key)))?)
 }

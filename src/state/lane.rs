@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, TimestampMicrosecondArray, UInt32Array};
+use arrow::array::{Array, AsArray, TimestampMicrosecondArray, UInt32Array};
 use arrow::compute::{max, min, take};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::record_batch::RecordBatch;
@@ -100,13 +100,12 @@ impl Lane {
                 std::collections::btree_map::Entry::Vacant(entry) => entry.insert(GroupTable::new(query)?),
             };
             match rows {
-                None => table.update(&keys, &arguments, count, &mut self.indices)?,
+                None => table.update(query, &keys, &arguments, count, &mut self.indices)?,
                 Some(rows) => {
                     let rows = UInt32Array::from(rows);
-                    let gather = |columns: &[ArrayRef]| -> DataFusionResult<Vec<ArrayRef>> {
-                        columns.iter().map(|column| Ok(take(column, &rows, None)?)).collect()
-                    };
-                    table.update(&gather(&keys)?, &gather(&arguments)?, count, &mut self.indices)?;
+                    let keys = keys.iter().map(|key| take(key, &rows, None)).collect::<Result<Vec<_>, _>>()?;
+                    let arguments = query.gather(&arguments, &rows)?;
+                    table.update(query, &keys, &arguments, count, &mut self.indices)?;
                 }
             }
         }

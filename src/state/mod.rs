@@ -153,7 +153,7 @@ impl StateStore {
                 Some(table) => table,
                 None => GroupTable::new(query).map_err(|e| query.error(&e))?,
             };
-            table.merge(&partial).map_err(|e| query.error(&e))?;
+            table.merge(query, &partial).map_err(|e| query.error(&e))?;
             windows.insert(section.start_us, table);
         }
         Ok(())
@@ -182,9 +182,9 @@ impl StateStore {
         for (index, (query, windows)) in self.queries.iter().zip(&mut self.open).enumerate() {
             for (start_us, table) in windows.iter_mut() {
                 let fresh = GroupTable::new(query).map_err(|e| query.error(&e))?;
-                let partial = std::mem::replace(table, fresh).into_partial().map_err(|e| query.error(&e))?;
+                let partial = std::mem::replace(table, fresh).into_partial(query).map_err(|e| query.error(&e))?;
                 sections.push(file::Section::encode(query, index, *start_us, &partial)?);
-                table.merge(&partial).map_err(|e| query.error(&e))?;
+                table.merge(query, &partial).map_err(|e| query.error(&e))?;
             }
         }
         Ok(file::encode(&self.queries, sections))
@@ -219,7 +219,7 @@ fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64) -> Result<Me
             table = Some(lane);
             continue;
         }
-        let partial = lane.into_partial().map_err(|e| query.error(&e))?;
+        let partial = lane.into_partial(query).map_err(|e| query.error(&e))?;
         if stays_open {
             sections.push(file::Section::encode(query, index, start_us, &partial)?);
         }
@@ -227,7 +227,7 @@ fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64) -> Result<Me
             Some(table) => table,
             None => GroupTable::new(query).map_err(|e| query.error(&e))?,
         };
-        table.insert(into).merge(&partial).map_err(|e| query.error(&e))?;
+        table.insert(into).merge(query, &partial).map_err(|e| query.error(&e))?;
     }
     let table = table.ok_or(Error::Panicked)?;
     Ok(Merged { query: index, start_us, table, sections })

@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, Float64Array};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, UInt32Array};
+use arrow::compute::take;
 use arrow::datatypes::{DataType, Decimal128Type, Field, Float64Type, Int64Type, Schema, SchemaRef, TimeUnit};
 use arrow::record_batch::RecordBatch;
+use arrow::row::{RowConverter, SortField};
 use datafusion_common::{DataFusionError, Result as DataFusionResult};
 use datafusion_expr::{Expr, GroupsAccumulator};
 use datafusion_functions_aggregate_common::aggregate::groups_accumulator::GroupsAccumulatorAdapter;
 use datafusion_functions_aggregate_common::aggregate::groups_accumulator::prim_op::PrimitiveGroupsAccumulator;
 use datafusion_physical_expr::PhysicalExpr;
 use datafusion_physical_expr::aggregate::{AggregateExprBuilder, AggregateFunctionExpr};
+use datafusion_physical_expr::expressions::Literal;
 
 use super::Error;
 use crate::config::WindowConfig;
@@ -27,15 +30,27 @@ pub struct WindowQuery {
     /// Indices of the key columns in the input.
     keys: Vec<usize>,
     key_schema: SchemaRef,
+    key_rows: RowConverter,
+    /// What the aggregates read, each once.
+    arguments: Vec<Argument>,
     aggregates: Vec<Aggregate>,
     state_schema: SchemaRef,
     output: SchemaRef,
     definition: String,
 }
 
+struct Argument {
+    expr: Arc<dyn PhysicalExpr>,
+    data_type: DataType,
+    /// An integer column to be summed in 128 bits.
+    widen: bool,
+    /// The same value for every row, as in `count(*)`.
+    constant: bool,
+}
+
 pub(super) struct Aggregate {
-    argument: Arc<dyn PhysicalExpr>,
-    argument_type: DataType,
+    /// Index into the query's arguments.
+    argument: usize,
     kind: Kind,
     state: Vec<DataType>,
 }
@@ -90,9 +105,10 @@ impl WindowQuery {
                 }
             }
         }
+        let mut arguments = Vec::new();
         let mut aggregates = Vec::new();
         for (name, text) in &config.aggregates {
-            match Aggregate::compile(name, text, input) {
+            match Aggregate::compile(name, text, input, &mut arguments) {
                 Ok((aggregate, field)) => {
                     aggregates.push(aggregate);
                     output.push(field);
@@ -108,11 +124,13 @@ impl WindowQuery {
                 errors.push(at(field.name(), "names two columns; give the aggregate or the key another name"));
             }
         }
-        if !errors.is_empty() {
-            return Err(errors);
-        }
-
         let key_fields: Vec<Field> = output.iter().skip(2).take(keys.len()).cloned().collect();
+        let key_sorts = key_fields.iter().map(|f| SortField::new(f.data_type().clone())).collect();
+        let key_rows = match RowConverter::new(key_sorts) {
+            Ok(key_rows) if errors.is_empty() => key_rows,
+            Ok(_) => return Err(errors),
+            Err(e) => return Err([errors, vec![at("group_by", &e.to_string())]].concat()),
+        };
         let states = aggregates.iter().enumerate().flat_map(|(i, aggregate)| {
             let field =
                 move |(j, data_type): (usize, &DataType)| Field::new(format!("{i}.{j}"), data_type.clone(), true);
@@ -126,6 +144,8 @@ impl WindowQuery {
             time_zone,
             keys,
             key_schema: Arc::new(Schema::new(key_fields)),
+            key_rows,
+            arguments,
             aggregates,
             state_schema: Arc::new(Schema::new(state_fields)),
             output: Arc::new(Schema::new(output)),
@@ -155,6 +175,11 @@ impl WindowQuery {
         &self.key_schema
     }
 
+    /// Keys as bytes that are equal when the keys are.
+    pub(super) fn key_rows(&self) -> &RowConverter {
+        &self.key_rows
+    }
+
     /// Keys, then the states of all aggregates.
     pub(super) fn state_schema(&self) -> &SchemaRef {
         &self.state_schema
@@ -172,24 +197,31 @@ impl WindowQuery {
         self.keys.iter().map(|&index| normalise_key(batch.column(index))).collect()
     }
 
-    /// The argument of every aggregate, and how many values became null because their expression failed.
+    /// What the aggregates read, and how many values became null because their expression failed.
     pub(super) fn arguments(&self, batch: &RecordBatch) -> DataFusionResult<(Vec<ArrayRef>, u64)> {
         let mut failed = 0;
-        let mut columns = Vec::with_capacity(self.aggregates.len());
-        for aggregate in &self.aggregates {
-            let (column, rows) = sql::evaluate_or_null(&aggregate.argument, batch, &aggregate.argument_type)?;
+        let mut columns: Vec<ArrayRef> = Vec::with_capacity(self.arguments.len());
+        for argument in &self.arguments {
+            let (column, rows) = sql::evaluate_or_null(&argument.expr, batch, &argument.data_type)?;
             failed += rows;
-            columns.push(match aggregate.kind {
-                Kind::IntegerSum => Arc::new(
-                    column
-                        .as_primitive::<Int64Type>()
-                        .unary::<_, Decimal128Type>(i128::from)
-                        .with_data_type(INTEGER_SUM),
-                ),
-                _ => column,
+            columns.push(match argument.widen {
+                true => {
+                    let wide = column.as_primitive::<Int64Type>().unary::<_, Decimal128Type>(i128::from);
+                    Arc::new(wide.with_data_type(INTEGER_SUM))
+                }
+                false => column,
             });
         }
         Ok((columns, failed))
+    }
+
+    /// The given rows of [`Self::arguments`].
+    pub(super) fn gather(&self, columns: &[ArrayRef], rows: &UInt32Array) -> DataFusionResult<Vec<ArrayRef>> {
+        let gather = |(argument, column): (&Argument, &ArrayRef)| match argument.constant {
+            true => Ok(column.slice(0, rows.len())),
+            false => Ok(take(column, rows, None)?),
+        };
+        self.arguments.iter().zip(columns).map(gather).collect()
     }
 }
 
@@ -214,13 +246,26 @@ fn normalise_key(column: &ArrayRef) -> ArrayRef {
     }
 }
 
+impl Argument {
+    fn same(&self, other: &Argument) -> bool {
+        self.expr.eq(&other.expr) && self.data_type == other.data_type && self.widen == other.widen
+    }
+}
+
 impl Aggregate {
-    fn compile(name: &str, text: &str, input: &SchemaRef) -> Result<(Aggregate, Field), String> {
+    fn compile(
+        name: &str,
+        text: &str,
+        input: &SchemaRef,
+        arguments: &mut Vec<Argument>,
+    ) -> Result<(Aggregate, Field), String> {
         let allowed = || format!("must be one aggregate: {}", sql::AGGREGATES.map(|f| format!("{f}(...)")).join(", "));
         let scope = sql::Scope::new(input)?;
-        let Expr::AggregateFunction(call) = scope.parse(text).map_err(|e| format!("{e}; {}", allowed()))? else {
-            return Err(allowed());
-        };
+        let parsed = scope.parse(text).map_err(|e| match e.starts_with("Invalid function") {
+            true => format!("{e}; {}", allowed()),
+            false => e,
+        })?;
+        let Expr::AggregateFunction(call) = parsed else { return Err(allowed()) };
         let params = call.params;
         if params.distinct || params.filter.is_some() || !params.order_by.is_empty() || params.null_treatment.is_some()
         {
@@ -263,7 +308,21 @@ impl Aggregate {
             return Err(format!("{function} gives {output}, which a table cannot keep"));
         }
         let field = Field::new(name, output, function != "count");
-        Ok((Aggregate { argument: physical, argument_type, kind, state }, field))
+        let argument = Argument {
+            constant: physical.as_any().is::<Literal>(),
+            expr: physical,
+            data_type: argument_type,
+            widen: matches!(kind, Kind::IntegerSum),
+        };
+        let index = arguments.iter().position(|known| known.same(&argument)).unwrap_or_else(|| {
+            arguments.push(argument);
+            arguments.len() - 1
+        });
+        Ok((Aggregate { argument: index, kind, state }, field))
+    }
+
+    pub(super) fn argument(&self) -> usize {
+        self.argument
     }
 
     pub(super) fn states(&self) -> usize {

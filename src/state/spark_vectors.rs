@@ -308,6 +308,7 @@ impl Pipeline {
                         message = message.replace(&format!(":{space}{number}"), &format!(":\"{number}\""));
                     }
                 }
+                message = message.replace(":1e999", ":\"Infinity\"");
                 let first = serde_json::Deserializer::from_str(&message).into_iter::<Value>().next();
                 match first {
                     Some(Ok(Value::Object(object))) => object,

@@ -1,0 +1,301 @@
+//! `floe check`: after the configuration itself, everything that it names is tried out, one probe and one line each.
+//!
+//! Leaves nothing behind: probe objects are deleted, no table, catalog or checkpoint is created.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use rusqlite::{Connection, OpenFlags};
+
+use super::Error;
+use crate::checkpoint::Checkpoint;
+use crate::config::{CatalogConfig, Config};
+use crate::source::Source;
+use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
+use crate::storage::Location;
+use crate::transform::Transform;
+
+/// Stores and brokers that cannot be reached are tried for long by their clients; a person is waiting here.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// What a probe found, or what is wrong and what to do about it. Several lines where there is more to say.
+type Finding = Result<String, String>;
+
+pub async fn check(config: &Config) -> Result<(), Error> {
+    let mut failed = 0;
+    let mut probes = 0;
+    let mut report = |what: &str, finding: Finding| {
+        probes += 1;
+        failed += usize::from(finding.is_err());
+        let (mark, text) = match &finding {
+            Ok(text) => ("ok  ", text),
+            Err(text) => ("FAIL", text),
+        };
+        for line in text.lines() {
+            say(&format!("{mark}  {what:<11} {line}"));
+        }
+    };
+    report("config", Ok(format!("pipeline {:?}, fingerprint {}", config.name, &config.fingerprint[..12])));
+    report("schema", Ok(columns(config)));
+    report("guarantee", Ok(config.guarantee()));
+    let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
+    report("broker", in_time(broker(config)).await);
+    report("catalog", in_time(catalog(config, path)).await);
+    report("warehouse", in_time(warehouse_store(warehouse)).await);
+    report("checkpoint", in_time(checkpoint(config)).await);
+    if failed == 0 { Ok(()) } else { Err(Error::Check { failed, probes }) }
+}
+
+#[allow(clippy::print_stdout)]
+fn say(line: &str) {
+    println!("{line}");
+}
+
+async fn in_time(probe: impl Future<Output = Finding>) -> Finding {
+    let late = || Err(format!("no answer within {} seconds; is it reachable from here?", PATIENCE.as_secs()));
+    tokio::time::timeout(PATIENCE, probe).await.unwrap_or_else(|_| late())
+}
+
+/// Blocking clients have a thread of their own, which is left behind when it takes too long.
+async fn blocking(probe: impl FnOnce() -> Finding + Send + 'static) -> Finding {
+    tokio::task::spawn_blocking(probe).await.unwrap_or_else(|e| Err(format!("the probe itself failed: {e}")))
+}
+
+fn columns(config: &Config) -> String {
+    // The configuration has been compiled before; what does not compile now is shown without its derived columns.
+    let derived = Transform::compile(&config.transform, &config.schema.arrow).map(|t| t.output_schema());
+    let schema = derived.unwrap_or_else(|_| config.schema.arrow.clone());
+    let mut text = format!("{} columns:", schema.fields().len());
+    for field in schema.fields() {
+        let null = if field.is_nullable() { "" } else { " not null" };
+        // Writing to a string cannot fail.
+        let _ = write!(text, " {} {}{null},", field.name(), type_name(field.data_type()));
+    }
+    text.pop();
+    text
+}
+
+/// Iceberg's names for the types that schemas have.
+fn type_name(data_type: &arrow::datatypes::DataType) -> String {
+    use arrow::datatypes::DataType;
+    match data_type {
+        DataType::Utf8 => "string".into(),
+        DataType::Int32 => "int".into(),
+        DataType::Int64 => "long".into(),
+        DataType::Float64 => "double".into(),
+        DataType::Boolean => "boolean".into(),
+        DataType::Timestamp(_, Some(_)) => "timestamptz".into(),
+        other => other.to_string(),
+    }
+}
+
+async fn broker(config: &Config) -> Finding {
+    let config = config.clone();
+    blocking(move || {
+        let servers = &config.source.bootstrap_servers;
+        let hint = |e: crate::source::Error| {
+            format!("{servers}: {e}\ncheck source.bootstrap_servers, source.topics and the security settings in source.kafka")
+        };
+        let chunks = ChunkSettings::with_buffer(config.execution.buffer_bytes);
+        let mut source = KafkaSource::new(&config.source, QueryNames::of(&config.name), chunks).map_err(hint)?;
+        let available = source.available().map_err(hint)?;
+        let mut topics: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
+        for (tp, range) in &available.partitions {
+            let (partitions, records) = topics.entry(&tp.topic).or_default();
+            *partitions += 1;
+            *records += range.len();
+        }
+        let mut lines = servers.to_string();
+        for (topic, (partitions, records)) in topics {
+            let _ = write!(lines, "\ntopic {topic}: {partitions} partitions, {records} offsets");
+        }
+        Ok(lines)
+    })
+    .await
+}
+
+/// Reads an existing catalog; where there is none, looks whether one could be made.
+async fn catalog(config: &Config, path: &Path) -> Finding {
+    let path = path.to_path_buf();
+    let tables: Vec<String> = config.tables().map(|t| t.table.clone()).collect();
+    blocking(move || {
+        let shown = path.display();
+        if !path.exists() {
+            let folder = nearest_folder(&path);
+            return match tempfile_in(&folder) {
+                Ok(()) => Ok(format!("{shown}: not there yet; it and {} tables will be created", tables.len())),
+                Err(e) => Err(format!("{shown}: cannot be created in {}: {e}; make it writable", folder.display())),
+            };
+        }
+        let existing = existing_tables(&path).map_err(|e| {
+            format!("{shown}: cannot be read as an SQLite catalog: {e}; set catalog.path to another file or restore it")
+        })?;
+        let (there, missing): (Vec<_>, Vec<_>) = tables.into_iter().partition(|t| existing.contains(t));
+        let list = |tables: Vec<String>| if tables.is_empty() { "none".into() } else { tables.join(", ") };
+        Ok(format!("{shown}: tables there: {}; to be created: {}", list(there), list(missing)))
+    })
+    .await
+}
+
+fn existing_tables(path: &Path) -> rusqlite::Result<Vec<String>> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    let known: i64 =
+        connection.query_row("SELECT count(*) FROM sqlite_master WHERE name = 'iceberg_tables'", [], |r| r.get(0))?;
+    if known == 0 {
+        return Ok(Vec::new());
+    }
+    let mut statement = connection
+        .prepare("SELECT table_namespace || '.' || table_name FROM iceberg_tables WHERE catalog_name = ?1")?;
+    statement.query_map([crate::sink::iceberg::CATALOG_NAME], |r| r.get(0))?.collect()
+}
+
+/// The folder in which a path would be created: the innermost that is there.
+fn nearest_folder(path: &Path) -> PathBuf {
+    let found = path.ancestors().skip(1).find(|p| p.is_dir()).map(Path::to_path_buf);
+    found.unwrap_or_else(|| PathBuf::from("."))
+}
+
+fn tempfile_in(folder: &Path) -> std::io::Result<()> {
+    let probe = folder.join(probe_name());
+    std::fs::write(&probe, b"floe check")?;
+    std::fs::remove_file(&probe)
+}
+
+fn probe_name() -> String {
+    format!(".floe-check-{}", uuid::Uuid::new_v4())
+}
+
+async fn warehouse_store(warehouse: &str) -> Finding {
+    let fix = "check catalog.warehouse and its permissions";
+    let location = open(warehouse, fix)?;
+    let new = new_folders(&location);
+    let tried = put_and_delete(&location, fix).await;
+    remove(&new);
+    tried.map(|()| format!("{}: writable", location.url))
+}
+
+async fn checkpoint(config: &Config) -> Finding {
+    let fix = "check checkpoint.location and its permissions";
+    let location = open(&config.checkpoint_location, fix)?;
+    let new = new_folders(&location);
+    let tried = create_if_absent(&location, fix).await;
+    remove(&new);
+    tried?;
+    let url = &location.url;
+    match Checkpoint::inspect(location.clone()).await {
+        Ok(None) => Ok(format!(
+            "{url}: writable, create-if-absent holds; no checkpoint yet: starts from source.starting_offsets"
+        )),
+        Ok(Some(found)) if found.pipeline == config.name => {
+            Ok(format!("{url}: writable, create-if-absent holds; goes on with query {}", found.query_id))
+        }
+        Ok(Some(found)) => Err(format!(
+            "{url}: belongs to pipeline {:?}, not to {:?}; set checkpoint.location to a place of its own",
+            found.pipeline, config.name
+        )),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn open(location: &str, fix: &str) -> Result<Location, String> {
+    crate::storage::open(location).map_err(|e| format!("{location}: {e}; {fix}"))
+}
+
+/// The folders of a local place that are not there yet, innermost first: a probe object makes them.
+fn new_folders(location: &Location) -> Vec<PathBuf> {
+    let path = url::Url::parse(&location.url).ok().and_then(|u| u.to_file_path().ok());
+    let ancestors = path.iter().flat_map(|p| p.ancestors());
+    ancestors.take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect()
+}
+
+fn remove(folders: &[PathBuf]) {
+    for folder in folders {
+        // One that is in use by now is not empty, and stays.
+        let _ = std::fs::remove_dir(folder);
+    }
+}
+
+async fn put_and_delete(location: &Location, fix: &str) -> Result<(), String> {
+    let failed = |e| format!("{}: {e}; {fix}", location.url);
+    let probe = location.prefix.clone().join(probe_name());
+    location.store.put(&probe, PutPayload::from_static(b"floe check")).await.map_err(failed)?;
+    location.store.delete(&probe).await.map_err(failed)
+}
+
+/// The protocol stands on this: of two writers of one file exactly one may win.
+async fn create_if_absent(location: &Location, fix: &str) -> Result<(), String> {
+    let failed = |e: object_store::Error| format!("{}: {e}; {fix}", location.url);
+    let probe = location.prefix.clone().join(probe_name());
+    let create = |text: &'static [u8]| {
+        location.store.put_opts(&probe, PutPayload::from_static(text), PutOptions::from(PutMode::Create))
+    };
+    create(b"first").await.map_err(failed)?;
+    let second = create(b"second").await;
+    location.store.delete(&probe).await.map_err(failed)?;
+    match second {
+        Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+        Ok(_) => Err(format!(
+            "{}: the store overwrites a file that was to be created only if absent; use one with conditional writes",
+            location.url
+        )),
+        Err(e) => Err(failed(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_store_is_tried_and_left_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("a/b c");
+        let location = crate::storage::open(place.to_str().unwrap()).unwrap();
+        create_if_absent(&location, "").await.unwrap();
+        assert!(place.is_dir());
+        std::fs::remove_dir_all(folder.path().join("a")).unwrap();
+        let found = warehouse_store(place.to_str().unwrap()).await.unwrap();
+        assert!(found.ends_with(": writable"), "{found}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_cannot_be_written_is_a_failure_that_says_what_to_check() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let finding = warehouse_store(file.join("warehouse").to_str().unwrap()).await;
+        assert!(finding.unwrap_err().contains("check catalog.warehouse"));
+    }
+
+    #[test]
+    fn a_catalog_that_is_none_is_named_and_a_missing_one_is_not_created() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("catalog.db");
+        assert!(existing_tables(&file).is_err());
+        assert!(!file.exists());
+        std::fs::write(&file, "this is no database, and it is long enough to be looked at as one").unwrap();
+        assert!(existing_tables(&file).is_err());
+        assert_eq!(nearest_folder(&folder.path().join("a/b/c.db")), folder.path());
+        assert_eq!(nearest_folder(Path::new("c.db")), Path::new("."));
+    }
+
+    #[test]
+    fn tables_of_the_catalog_are_listed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("catalog.db");
+        let connection = Connection::open(&file).unwrap();
+        assert_eq!(existing_tables(&file).unwrap(), Vec::<String>::new());
+        connection
+            .execute_batch(
+                "CREATE TABLE iceberg_tables (catalog_name, table_namespace, table_name);
+                 INSERT INTO iceberg_tables VALUES ('floe', 'telemetry', 'events'), ('other', 'a', 'b');",
+            )
+            .unwrap();
+        assert_eq!(existing_tables(&file).unwrap(), ["telemetry.events"]);
+    }
+}

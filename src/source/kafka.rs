@@ -1,1 +1,0 @@
-//! The only user of librdkafka.

@@ -1,0 +1,117 @@
+//! librdkafka's settings: ours, the user's, and which of the user's would break the protocol.
+
+use rdkafka::ClientConfig;
+
+use super::{ChunkSettings, QueryNames};
+use crate::config::SourceConfig;
+use crate::source::Error;
+
+/// Properties that are Floe's to set, with the reason a user is told.
+const OURS: [(&str, &str); 7] = [
+    ("bootstrap.servers", "set source.bootstrap_servers instead"),
+    ("metadata.broker.list", "set source.bootstrap_servers instead"),
+    ("enable.auto.commit", "Floe's checkpoint says how far it is, and commits to the group only what the tables hold"),
+    ("enable.auto.offset.store", "Floe's checkpoint says how far it is"),
+    (
+        "auto.offset.reset",
+        "it would step over lost records silently; set source.starting_offsets or source.fail_on_data_loss",
+    ),
+    ("enable.partition.eof", "Floe needs it to find the end of a batch"),
+    ("auto.commit.interval.ms", "Floe never commits by time"),
+];
+
+/// For the client that plans and reports.
+pub fn planner(config: &SourceConfig, names: &QueryNames) -> Result<ClientConfig, Error> {
+    let mut client = ClientConfig::new();
+    client
+        .set("client.id", &names.client_id)
+        .set("group.id", &names.group_id)
+        .set("isolation.level", "read_committed")
+        .set("fetch.queue.backoff.ms", "10")
+        .set("fetch.wait.max.ms", "50")
+        .set("check.crcs", "true")
+        // Otherwise an outage of minutes is followed by ten more idle seconds.
+        .set("reconnect.backoff.max.ms", "2000")
+        // Never subscribed, never in a group: nothing to be expelled from while tables are being written.
+        .set("max.poll.interval.ms", "86400000");
+    for (key, value) in &config.kafka {
+        if let Some((_, why)) = OURS.iter().find(|(ours, _)| ours == key) {
+            return Err(Error::Fatal { message: format!("source.kafka: \"{key}\" cannot be set: {why}") });
+        }
+        client.set(key, value);
+    }
+    client
+        .set("bootstrap.servers", &config.bootstrap_servers)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error")
+        .set("enable.partition.eof", "true");
+    Ok(client)
+}
+
+/// For the client that reads `partitions` partitions: half of the budget is librdkafka's queues, which it counts by
+/// partition; the other half is for chunks.
+pub fn reader(planner: &ClientConfig, chunks: &ChunkSettings, partitions: usize) -> ClientConfig {
+    let mut client = planner.clone();
+    if planner.get("queued.max.messages.kbytes").is_none() {
+        let kbytes = (chunks.buffer_bytes / 2 / 1024 / partitions.max(1) as u64).clamp(64, 65_536);
+        client.set("queued.max.messages.kbytes", kbytes.to_string());
+        if planner.get("queued.min.messages").is_none() {
+            client.set("queued.min.messages", "1000000");
+        }
+    }
+    client
+}
+
+/// Whether plans must end at the last stable offset, as the records that are read do.
+pub fn reads_committed(client: &ClientConfig) -> bool {
+    client.get("isolation.level") != Some("read_uncommitted")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::StartingOffsets;
+
+    fn config(kafka: &[(&str, &str)]) -> SourceConfig {
+        SourceConfig {
+            bootstrap_servers: "localhost:9092".into(),
+            topics: vec!["t".into()],
+            starting_offsets: StartingOffsets::Earliest,
+            max_offsets_per_trigger: None,
+            max_bytes_per_trigger: None,
+            min_offsets_per_trigger: 0,
+            max_trigger_delay: Duration::ZERO,
+            fail_on_data_loss: true,
+            kafka: kafka.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
+        }
+    }
+
+    #[test]
+    fn what_would_break_the_protocol_is_refused_with_a_reason() {
+        for (key, _) in OURS {
+            let error = planner(&config(&[(key, "true")]), &QueryNames::of("p")).unwrap_err();
+            assert!(matches!(&error, Error::Fatal { message } if message.contains(key)), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_user_wins_over_our_defaults() {
+        let user = config(&[("client.id", "mine"), ("group.id", "g"), ("isolation.level", "read_uncommitted")]);
+        let client = planner(&user, &QueryNames::of("p")).unwrap();
+        assert_eq!(client.get("client.id"), Some("mine"));
+        assert_eq!(client.get("group.id"), Some("g"));
+        assert!(!reads_committed(&client));
+        assert!(reads_committed(&planner(&config(&[]), &QueryNames::of("p")).unwrap()));
+    }
+
+    #[test]
+    fn the_buffer_is_shared_out_over_partitions() {
+        let client = planner(&config(&[]), &QueryNames::of("p")).unwrap();
+        let chunks = ChunkSettings { buffer_bytes: 64 << 20, ..ChunkSettings::default() };
+        assert_eq!(reader(&client, &chunks, 8).get("queued.max.messages.kbytes"), Some("4096"));
+        assert_eq!(reader(&client, &chunks, 100_000).get("queued.max.messages.kbytes"), Some("64"));
+    }
+}

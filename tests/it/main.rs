@@ -1,0 +1,40 @@
+//! The promises, each kept by a module: a real broker, the real binary, and other people's readers as the judges.
+//!
+//! `FLOE_TEST_KILLS=500 cargo test --test it random_kills` kills five hundred times instead of twenty.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+/// `available_now` drains exactly what was there at its start; aborted transactions leave no trace.
+mod available_now;
+/// The broker stopped, restarted, frozen.
+mod broker_faults;
+/// `floe check`, and configurations that are wrong.
+mod check;
+/// A checkpoint that is older than the tables, gone, or damaged is refused.
+mod checkpoint;
+/// Expired offsets, topics re-created, partitions added.
+mod data_loss;
+/// `floe demo`.
+mod demo;
+/// Killed at every step of the protocol, each offset is in the tables once.
+mod exactly_once;
+/// The harness itself: the generator's truth and the readers.
+mod harness;
+/// Whatever is in a record, it becomes a row or a dead letter with its reason.
+mod invalid_data;
+/// Metrics, health, status; a locked catalog and a full disk.
+mod operating;
+/// Two processes on one checkpoint.
+mod ownership;
+/// Killed at random moments.
+mod random_kills;
+/// The checkpoint on an S3-compatible store.
+mod s3;
+/// SIGTERM commits the batch in hand; a second one does not wait.
+mod shutdown;
+/// The source reads exactly the planned ranges, whatever brokers, transactions and retention do.
+mod source;
+/// Windows equal the truth under disorder, and late rows are counted.
+mod windows;

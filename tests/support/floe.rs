@@ -1,0 +1,395 @@
+//! The real binary, run as a user runs it: a configuration file in a folder of its own, variables, signals, exit codes.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use toml::Table;
+
+use super::reader::Tables;
+
+/// Longer than anything takes on a busy machine; a test that hits it has failed.
+pub const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// A pipeline's configuration and the folder with its catalog, warehouse and checkpoint.
+pub struct Pipeline {
+    dir: tempfile::TempDir,
+    config: Table,
+    env: BTreeMap<String, String>,
+    pub topic: String,
+    runs: Cell<u32>,
+}
+
+impl Pipeline {
+    /// Rows, windows and dead letters of telemetry; drains what is there and exits.
+    pub fn new(bootstrap: &str, topic: &str) -> Pipeline {
+        let dir = tempfile::Builder::new().prefix("floe-it-").tempdir().expect("temp dir");
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let text = format!(
+            r#"
+            name = "telemetry"
+            [source]
+            bootstrap_servers = "{bootstrap}"
+            topics = ["{topic}"]
+            [trigger]
+            available_now = true
+            [schema]
+            file = "{root}/schemas/telemetry.json"
+            [event_time]
+            column = "event_timestamp"
+            watermark_delay = "2 minutes"
+            [rows]
+            table = "telemetry.events"
+            partition_by = ["day(event_timestamp)"]
+            [[windows]]
+            table = "telemetry.device_minutes"
+            size = "1 minute"
+            group_by = ["device_id"]
+            [windows.aggregates]
+            events = "count(*)"
+            battery_sum = "sum(battery_level)"
+            battery_avg = "avg(battery_level)"
+            battery_min = "min(battery_level)"
+            battery_max = "max(battery_level)"
+            duration_sum = "sum(duration_ms)"
+            [dead_letters]
+            table = "telemetry.dead_letters"
+            [catalog]
+            path = "{catalog}"
+            warehouse = "{warehouse}"
+            [checkpoint]
+            location = "{checkpoint}"
+            [http]
+            listen = ""
+            [retry]
+            initial = "100 ms"
+            max = "1 second"
+            "#,
+            root = env!("CARGO_MANIFEST_DIR"),
+            catalog = path("catalog.db"),
+            warehouse = path("warehouse"),
+            checkpoint = path("checkpoint"),
+        );
+        let config = text.parse().expect("configuration");
+        Pipeline { dir, config, env: BTreeMap::new(), topic: topic.into(), runs: Cell::new(0) }
+    }
+
+    /// Sets a key, given as a path with dots; a key that itself has dots goes through [`Pipeline::kafka`].
+    pub fn set(&mut self, path: &str, value: impl Into<toml::Value>) -> &mut Self {
+        let (sections, key) = path.rsplit_once('.').unwrap_or(("", path));
+        let mut table = &mut self.config;
+        for section in sections.split('.').filter(|s| !s.is_empty()) {
+            let entry = table.entry(section).or_insert_with(|| Table::new().into());
+            table = entry.as_table_mut().expect("section");
+        }
+        table.insert(key.into(), value.into());
+        self
+    }
+
+    pub fn remove(&mut self, section: &str) -> &mut Self {
+        self.config.remove(section);
+        self
+    }
+
+    /// A librdkafka property.
+    pub fn kafka(&mut self, key: &str, value: &str) -> &mut Self {
+        let source = self.config["source"].as_table_mut().expect("section");
+        let kafka = source.entry("kafka").or_insert_with(|| Table::new().into());
+        kafka.as_table_mut().expect("section").insert(key.into(), value.into());
+        self
+    }
+
+    /// A service with a trigger every `interval`, and HTTP.
+    pub fn service(&mut self, interval: &str) -> &mut Self {
+        self.remove("trigger").set("trigger.interval", interval);
+        self.set("http.listen", format!("127.0.0.1:{}", free_port()))
+    }
+
+    pub fn env(&mut self, name: &str, value: &str) -> &mut Self {
+        self.env.insert(name.into(), value.into());
+        self
+    }
+
+    pub fn without_env(&mut self, name: &str) -> &mut Self {
+        self.env.remove(name);
+        self
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn checkpoint(&self) -> PathBuf {
+        self.dir().join("checkpoint")
+    }
+
+    pub fn catalog(&self) -> PathBuf {
+        self.dir().join("catalog.db")
+    }
+
+    pub fn tables(&self) -> Tables {
+        Tables::new(self.catalog())
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        let file = self.dir().join("pipeline.toml");
+        fs::write(&file, toml::to_string(&self.config).expect("configuration")).expect("pipeline.toml");
+        file
+    }
+
+    pub fn http_address(&self) -> String {
+        self.config["http"]["listen"].as_str().expect("http.listen").into()
+    }
+
+    /// `floe run`.
+    pub fn spawn(&self) -> Floe {
+        self.spawn_with(&[])
+    }
+
+    /// `floe run` with more variables.
+    pub fn spawn_with(&self, env: &[(&str, &str)]) -> Floe {
+        let file = self.config_file();
+        let mut command = self.command();
+        command.arg("run").arg(file).envs(env.iter().copied());
+        Floe::start(command, self.dir(), self.next_run(), self.http_address())
+    }
+
+    /// The binary with the pipeline's variables and no others of its own.
+    pub fn command(&self) -> Command {
+        let mut command = floe();
+        command.envs(&self.env).current_dir(self.dir());
+        command
+    }
+
+    /// `floe run` to its end, which has to be exit code 0.
+    pub fn run(&self) -> Ended {
+        self.spawn().wait().expect_code(0)
+    }
+
+    /// `floe run` to its end with a failpoint armed: `name:action[:nth]`.
+    pub fn run_failing(&self, failpoint: &str) -> Ended {
+        self.spawn_with(&[("FLOE_FAILPOINT", failpoint)]).wait()
+    }
+
+    fn next_run(&self) -> u32 {
+        self.runs.set(self.runs.get() + 1);
+        self.runs.get()
+    }
+}
+
+/// The binary, with none of the variables that it reads.
+pub fn floe() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        if ["FLOE_", "KAFKA_", "CHECKPOINT_", "AWS_"].iter().any(|prefix| name.starts_with(prefix)) {
+            command.env_remove(name);
+        }
+    }
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A running Floe; killed when dropped.
+pub struct Floe {
+    child: Child,
+    log: PathBuf,
+    http: String,
+}
+
+impl Floe {
+    pub fn start(mut command: Command, dir: &Path, run: u32, http: String) -> Floe {
+        let log = dir.join(format!("floe-{run}.log"));
+        let file = File::create(&log).expect("log file");
+        let stderr = file.try_clone().expect("log file");
+        let child = command.stdout(file).stderr(stderr).process_group(0).spawn().expect("the floe binary");
+        Floe { child, log, http }
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    pub fn signal(&self, signal: i32) {
+        send_signal(self.pid(), signal);
+    }
+
+    pub fn terminate(&self) {
+        self.signal(libc::SIGTERM);
+    }
+
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    pub fn wait(self) -> Ended {
+        self.wait_within(TIMEOUT)
+    }
+
+    pub fn wait_within(mut self, timeout: Duration) -> Ended {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("wait for floe") {
+                return Ended { status, output: self.output() };
+            }
+            if Instant::now() > deadline {
+                panic!("floe still runs after {timeout:?}\n{}", shown(&self.output()));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Polls until `what` holds; panics with the process' output when it ends or takes too long.
+    pub fn until<T>(&mut self, what: &str, mut holds: impl FnMut(&Floe) -> Option<T>) -> T {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            if let Some(value) = holds(self) {
+                return value;
+            }
+            if let Some(status) = self.child.try_wait().expect("wait for floe") {
+                panic!("floe ended with {status} before {what}\n{}", shown(&self.output()));
+            }
+            if Instant::now() > deadline {
+                panic!("{what} not within {TIMEOUT:?}\n{}", shown(&self.output()));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until a SIGSTOP, its own included, has taken effect.
+    pub fn until_stopped(&mut self) {
+        let stat = format!("/proc/{}/stat", self.pid());
+        self.until("the process is stopped", |_| {
+            let stat = fs::read_to_string(&stat).ok()?;
+            stat.rsplit_once(')')?.1.trim_start().starts_with('T').then_some(())
+        });
+    }
+
+    pub fn until_ready(&mut self) {
+        self.until("/readyz answers 200", |floe| (floe.get("/readyz")?.0 == 200).then_some(()));
+    }
+
+    /// Status code and body; None while nobody listens.
+    pub fn get(&self, path: &str) -> Option<(u16, String)> {
+        let (code, _, body) = http_get(&self.http, path)?;
+        Some((code, body))
+    }
+
+    pub fn status(&self) -> Option<Value> {
+        serde_json::from_str(&self.get("/status")?.1).ok()
+    }
+
+    /// The sum of a metric's samples, and None before it is there.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        let body = self.get("/metrics")?.1;
+        let samples =
+            body.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
+        samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).reduce(|a, b| a + b)
+    }
+}
+
+impl Drop for Floe {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- {}\n{}", self.log.display(), shown(&self.output()));
+        }
+    }
+}
+
+/// A Floe that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub output: String,
+}
+
+impl Ended {
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    pub fn was_killed(&self) -> bool {
+        self.status.signal() == Some(libc::SIGKILL)
+    }
+
+    pub fn expect_code(self, code: i32) -> Ended {
+        assert_eq!(self.code(), Some(code), "{}\n{}", self.status, shown(&self.output));
+        self
+    }
+
+    pub fn expect_killed(self) -> Ended {
+        assert!(self.was_killed(), "the failpoint was not reached: {}\n{}", self.status, shown(&self.output));
+        self
+    }
+
+    /// The message is for people: what it has to name is checked, whatever the case and wording around it.
+    pub fn expect_output(self, parts: &[&str]) -> Ended {
+        let lower = self.output.to_lowercase();
+        for part in parts {
+            assert!(lower.contains(&part.to_lowercase()), "{part:?} is not in\n{}", shown(&self.output));
+        }
+        self
+    }
+}
+
+/// The end of a log, for messages.
+pub fn shown(output: &str) -> &str {
+    let mut start = output.len().saturating_sub(6_000);
+    while !output.is_char_boundary(start) {
+        start += 1;
+    }
+    &output[start..]
+}
+
+pub fn send_signal(pid: i32, signal: i32) {
+    // SAFETY: sends a signal to a process that this test has started; no memory is involved.
+    #[allow(unsafe_code)]
+    let sent = unsafe { libc::kill(pid, signal) };
+    assert_eq!(sent, 0, "kill {pid}: {}", std::io::Error::last_os_error());
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+}
+
+/// Status code, head and body.
+pub fn http_get(address: &str, path: &str) -> Option<(u16, String, String)> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).ok()?;
+    let answer = String::from_utf8(answer).ok()?;
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let code = head.split(' ').nth(1)?.parse().ok()?;
+    let body = if head.to_lowercase().contains("transfer-encoding: chunked") { dechunked(body)? } else { body.into() };
+    Some((code, head.to_string(), body))
+}
+
+fn dechunked(mut body: &str) -> Option<String> {
+    let mut whole = String::new();
+    loop {
+        let (size, rest) = body.split_once("\r\n")?;
+        let size = usize::from_str_radix(size.split(';').next()?.trim(), 16).ok()?;
+        if size == 0 {
+            return Some(whole);
+        }
+        whole.push_str(rest.get(..size)?);
+        body = rest.get(size + 2..)?;
+    }
+}

@@ -1,0 +1,122 @@
+"""Reads what Floe has written, with other people's readers: PyIceberg opens the catalog, DuckDB reads the tables.
+
+One JSON request a line on stdin, one JSON answer a line on stdout. Stateless: every request names its catalog.
+"""
+
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+from pyiceberg.catalog.sql import SqlCatalog
+
+CATALOG = "floe"
+
+
+def connect():
+    connection = duckdb.connect()
+    for name in ("httpfs", "avro", "iceberg"):
+        package = Path(importlib.util.find_spec(f"duckdb_extension_{name}").origin).parent
+        extension = package / "extensions" / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
+        connection.execute(f"load '{extension}'")
+    connection.execute("set timezone = 'UTC'")
+    connection.execute("set threads = 2")
+    return connection
+
+
+def catalog(request, create=False):
+    properties = {"uri": f"sqlite:///{request['catalog']}", "init_catalog_tables": str(create).lower()}
+    if "warehouse" in request:
+        properties["warehouse"] = f"file://{request['warehouse']}"
+    return SqlCatalog(CATALOG, **properties)
+
+
+def query(connection, request):
+    """`{namespace.table}` in the SQL stands for that table's current snapshot."""
+    opened = catalog(request)
+
+    def source(match):
+        table = opened.load_table(match.group(1))
+        if table.current_snapshot() is None:
+            view = "empty_" + match.group(1).replace(".", "_")
+            connection.register(view, table.scan().to_arrow())
+            return view
+        return f"iceberg_scan('{table.metadata_location}')"
+
+    sql = re.sub(r"\{([\w.]+)\}", source, request["sql"])
+    opened.engine.dispose()
+    return [list(row) for row in connection.execute(sql).fetchall()]
+
+
+def table(request):
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    opened.engine.dispose()
+    return {
+        "uuid": str(loaded.metadata.table_uuid),
+        "metadata_location": loaded.metadata_location,
+        "format_version": loaded.metadata.format_version,
+        "properties": dict(loaded.properties),
+        "columns": [[f.name, str(f.field_type), f.required] for f in loaded.schema().fields],
+        "partition_by": [str(f.transform) + " " + f.name for f in loaded.spec().fields],
+        "snapshots": [
+            {"id": s.snapshot_id, "summary": dict(s.summary.additional_properties) if s.summary else {}}
+            for s in loaded.snapshots()
+        ],
+        # PyIceberg's own scan, data files and all.
+        "rows": loaded.scan().to_arrow().num_rows if request.get("scan") else None,
+    }
+
+
+def recreate(request):
+    """Drops the table and creates one of the same name and schema: another table, as its UUID says."""
+    opened = catalog(request)
+    old = opened.load_table(request["table"])
+    opened.drop_table(request["table"])
+    opened.create_table(request["table"], schema=old.schema(), partition_spec=old.spec())
+    opened.engine.dispose()
+
+
+def write(request):
+    """Creates a table and appends the rows: for the harness' test of itself."""
+    opened = catalog(request, create=True)
+    rows = pa.Table.from_pylist(request["rows"])
+    opened.create_namespace_if_not_exists(request["table"].split(".")[0])
+    written = opened.create_table_if_not_exists(request["table"], schema=rows.schema)
+    if rows.num_rows:
+        written.append(rows)
+    opened.engine.dispose()
+
+
+def answer(connection, request):
+    match request["op"]:
+        case "query":
+            return query(connection, request)
+        case "table":
+            return table(request)
+        case "recreate":
+            return recreate(request)
+        case "drop":
+            return catalog(request).drop_table(request["table"])
+        case "write":
+            return write(request)
+        case other:
+            raise ValueError(f"unknown request {other}")
+
+
+def main():
+    connection = connect()
+    for line in sys.stdin:
+        try:
+            reply = {"ok": answer(connection, json.loads(line))}
+        except Exception:
+            reply = {"error": traceback.format_exc()}
+        sys.stdout.write(json.dumps(reply, default=str) + "\n")
+        sys.stdout.flush()
+
+
+main()

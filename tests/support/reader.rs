@@ -1,0 +1,185 @@
+//! Other people's readers: a pool of `reader.py` processes in a virtual environment that is made once.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+const REQUIREMENTS: &str = include_str!("requirements.txt");
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The Python of the virtual environment with the readers; the first call of a fresh clone makes it.
+pub fn python() -> &'static Path {
+    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
+    PYTHON.get_or_init(|| {
+        let version = format!("{:08x}", crc32fast::hash(REQUIREMENTS.as_bytes()));
+        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("python-{version}"));
+        let python = home.join("bin/python3");
+        let complete = home.join("complete");
+        fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).expect("target folder");
+        let lock = File::create(home.with_extension("lock")).expect("lock file");
+        lock.lock().expect("lock on the virtual environment");
+        if complete.exists() {
+            return python;
+        }
+        eprintln!("installing DuckDB and PyIceberg into {} (once)", home.display());
+        let _ = fs::remove_dir_all(&home);
+        run(
+            Command::new("python3").args(["-m", "venv"]).arg(&home),
+            "install python3 (3.10 or later) with its venv module",
+        );
+        let requirements = home.join("requirements.txt");
+        fs::write(&requirements, REQUIREMENTS).expect("requirements.txt");
+        run(
+            Command::new(&python)
+                .args(["-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", "-r"])
+                .arg(&requirements),
+            "the packages of tests/support/requirements.txt come from PyPI",
+        );
+        fs::write(complete, "").expect("marker of the virtual environment");
+        python
+    })
+}
+
+fn run(command: &mut Command, hint: &str) {
+    let done = command.stdin(Stdio::null()).output();
+    match done {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => panic!("{command:?} failed: {hint}\n{}", String::from_utf8_lossy(&output.stderr)),
+        Err(e) => panic!("{command:?} did not start ({e}): {hint}"),
+    }
+}
+
+struct Helper {
+    child: Child,
+    stdin: ChildStdin,
+    answers: Receiver<String>,
+}
+
+impl Helper {
+    fn start() -> Helper {
+        let mut child = Command::new(python())
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/reader.py"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("reader.py");
+        let stdin = child.stdin.take().expect("stdin");
+        let stdout = BufReader::new(child.stdout.take().expect("stdout"));
+        let (send, answers) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Helper { child, stdin, answers }
+    }
+
+    fn ask(&mut self, request: &Value) -> Option<Value> {
+        writeln!(self.stdin, "{request}").ok()?;
+        self.stdin.flush().ok()?;
+        let line = self.answers.recv_timeout(TIMEOUT).ok()?;
+        serde_json::from_str(&line).ok()
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Idle helpers; each leaves by itself when this process ends and its stdin closes.
+static IDLE: Mutex<Vec<Helper>> = Mutex::new(Vec::new());
+
+fn try_ask(request: &Value) -> Result<Value, String> {
+    let idle = IDLE.lock().expect("pool of readers").pop();
+    let mut helper = idle.unwrap_or_else(Helper::start);
+    let Some(mut answer) = helper.ask(request) else {
+        return Err(format!("reader.py gave no answer within {TIMEOUT:?} to {request}"));
+    };
+    IDLE.lock().expect("pool of readers").push(helper);
+    match answer.get("error") {
+        Some(error) => Err(format!("{}\nrequest: {request}", error.as_str().unwrap_or_default())),
+        None => Ok(answer["ok"].take()),
+    }
+}
+
+/// A catalog file as PyIceberg sees it.
+#[derive(Clone, Debug)]
+pub struct Tables {
+    pub catalog: PathBuf,
+}
+
+#[derive(Debug, serde::Deserialize)]
+pub struct Table {
+    pub uuid: String,
+    pub metadata_location: String,
+    pub format_version: u8,
+    pub properties: std::collections::BTreeMap<String, String>,
+    pub columns: Vec<(String, String, bool)>,
+    pub partition_by: Vec<String>,
+    pub snapshots: Vec<Snapshot>,
+    /// Rows counted by PyIceberg's own scan.
+    pub rows: Option<u64>,
+}
+
+#[derive(Debug, serde::Deserialize)]
+pub struct Snapshot {
+    pub id: i64,
+    pub summary: std::collections::BTreeMap<String, String>,
+}
+
+impl Tables {
+    pub fn new(catalog: impl Into<PathBuf>) -> Tables {
+        Tables { catalog: catalog.into() }
+    }
+
+    /// Rows of a DuckDB query, in which `{namespace.table}` stands for a table.
+    pub fn query<T: DeserializeOwned>(&self, sql: &str) -> Vec<T> {
+        self.try_query(sql).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub fn try_query<T: DeserializeOwned>(&self, sql: &str) -> Result<Vec<T>, String> {
+        let rows = try_ask(&json!({"op": "query", "catalog": self.catalog, "sql": sql}))?;
+        serde_json::from_value(rows.clone()).map_err(|e| format!("{e} in {rows} of {sql}"))
+    }
+
+    /// The one value of a query with one row and one column.
+    pub fn value<T: DeserializeOwned>(&self, sql: &str) -> T {
+        let mut rows: Vec<(T,)> = self.query(sql);
+        assert_eq!(rows.len(), 1, "{sql}");
+        rows.remove(0).0
+    }
+
+    pub fn table(&self, name: &str) -> Table {
+        let table = try_ask(&json!({"op": "table", "catalog": self.catalog, "table": name, "scan": true}));
+        serde_json::from_value(table.unwrap_or_else(|e| panic!("{e}"))).expect("table")
+    }
+
+    pub fn recreate(&self, name: &str) {
+        try_ask(&json!({"op": "recreate", "catalog": self.catalog, "table": name, "warehouse": self.warehouse()}))
+            .unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Writes a table with PyIceberg: for the test of the harness itself.
+    pub fn write(&self, name: &str, rows: &Value) {
+        let request = json!({
+            "op": "write", "catalog": self.catalog, "table": name, "rows": rows, "warehouse": self.warehouse(),
+        });
+        try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    fn warehouse(&self) -> PathBuf {
+        self.catalog.with_file_name("warehouse")
+    }
+}
