@@ -16,7 +16,8 @@ use rdkafka::ClientContext;
 use rdkafka::config::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Message};
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer as _, ProducerContext};
 
 use crate::dead_letter::Reason;
 
@@ -170,8 +171,8 @@ impl Producer {
         let thread = std::thread::Builder::new()
             .name("demo-devices".to_string())
             .spawn(move || match broker(&thread_shared) {
-                Ok((producer, bootstrap_servers)) => {
-                    let _ = up.send(Ok(bootstrap_servers));
+                Ok((cluster, producer)) => {
+                    let _ = up.send(Ok(cluster.bootstrap_servers()));
                     produce(&producer, &plan, &thread_shared);
                     while !thread_shared.end.load(Ordering::Relaxed) {
                         producer.poll(Duration::from_millis(50));
@@ -222,32 +223,18 @@ impl Drop for Producer {
     }
 }
 
-/// A producer that brings its broker along, and the broker's address. Both end with the producer.
-fn broker(shared: &Arc<Shared>) -> Result<(BaseProducer<Acknowledgements>, String), KafkaError> {
-    let producer: BaseProducer<Acknowledgements> = ClientConfig::new()
-        .set("test.mock.num.brokers", "1")
+type Broker = (MockCluster<'static, DefaultProducerContext>, BaseProducer<Acknowledgements>);
+
+fn broker(shared: &Arc<Shared>) -> Result<Broker, KafkaError> {
+    let cluster = MockCluster::new(1)?;
+    cluster.create_topic(TOPIC, PARTITIONS as i32, 1)?;
+    let producer = ClientConfig::new()
+        .set("bootstrap.servers", cluster.bootstrap_servers())
         .set("enable.idempotence", "true")
         .set("linger.ms", "5")
         .set("client.id", "floe-demo-devices")
         .create_with_context(Acknowledgements(shared.clone()))?;
-    // The mock cluster numbers its brokers from 1 and calls number 0 its controller, for which clients then wait in vain.
-    // SAFETY: the cluster belongs to the client, which is alive; the call copies its argument.
-    #[allow(unsafe_code)]
-    let added = unsafe {
-        let cluster = rdkafka_sys::rd_kafka_handle_mock_cluster(producer.client().native_ptr());
-        if cluster.is_null() {
-            return Err(KafkaError::MockCluster(RDKafkaErrorCode::State));
-        }
-        rdkafka_sys::rd_kafka_mock_broker_add(cluster, 0)
-    };
-    if added != rdkafka_sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
-        return Err(KafkaError::MockCluster(added.into()));
-    }
-    let cluster = producer.client().mock_cluster().ok_or(KafkaError::MockCluster(RDKafkaErrorCode::State))?;
-    cluster.create_topic(TOPIC, PARTITIONS as i32, 1)?;
-    let bootstrap_servers = cluster.bootstrap_servers();
-    drop(cluster);
-    Ok((producer, bootstrap_servers))
+    Ok((cluster, producer))
 }
 
 fn produce(producer: &BaseProducer<Acknowledgements>, plan: &Plan, shared: &Shared) {
