@@ -316,6 +316,22 @@ fn a_topic_created_again_has_another_id() {
 }
 
 #[test]
+fn a_topic_deleted_under_a_read_ends_it() {
+    let broker = Broker::shared();
+    let topic = "vanished";
+    broker.create_topic(topic, 1, &[]);
+    broker.produce(topic, Some(0), None, numbers(0..10));
+    let soon = [("topic.metadata.refresh.interval.ms", "500"), ("topic.metadata.propagation.max.ms", "1000")];
+    let mut source = source_with(broker, &[topic], &soon, ChunkSettings::default());
+    let chunks = source.read(&ranges(&[(topic, 0, 0, 20)])).unwrap();
+    thread::sleep(Duration::from_millis(500));
+    broker.delete_topic(topic);
+    let error = collect(chunks).unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal, "{error}");
+    assert!(error.to_string().contains("vanished-0 no longer exists"), "{error}");
+}
+
+#[test]
 fn a_topic_that_is_not_there_is_named() {
     let broker = Broker::shared();
     let error = source(broker, &["missing"]).available().unwrap_err();

@@ -419,6 +419,8 @@ fn properties(port: u16, controller_port: u16, data: &Path) -> Vec<(String, Stri
         // A killed broker may register again only when its old session is over.
         ("broker.heartbeat.interval.ms", "500"),
         ("broker.session.timeout.ms", "3000"),
+        // Tests set old timestamps; those that want retention set it for their topic.
+        ("log.retention.ms", "-1"),
         ("log.retention.check.interval.ms", "300"),
         ("log.initial.task.delay.ms", "300"),
         ("log.segment.delete.delay.ms", "100"),

@@ -100,8 +100,9 @@ impl KafkaSource {
         let settings = settings::planner(config, &names)?;
         let planner = Client::new(&settings, Arc::new(Health::default()))
             .map_err(|reason| Error::Fatal { message: format!("source.kafka: librdkafka refuses {reason}") })?;
+        let topics: BTreeSet<String> = config.topics.iter().cloned().collect();
         Ok(KafkaSource {
-            topics: config.topics.clone(),
+            topics: topics.into_iter().collect(),
             brokers: config.bootstrap_servers.clone(),
             chunks,
             committed_only: settings::reads_committed(&settings),

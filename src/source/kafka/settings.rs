@@ -49,6 +49,9 @@ pub fn planner(config: &SourceConfig, names: &QueryNames) -> Result<ClientConfig
     Ok(client)
 }
 
+/// What librdkafka needs for a queued record beside its bytes, and does not count.
+const RECORD_OVERHEAD: u64 = 384;
+
 /// For the client that reads `partitions` partitions: half of the budget is librdkafka's queues, which it counts by
 /// partition; the other half is for chunks.
 pub fn reader(planner: &ClientConfig, chunks: &ChunkSettings, partitions: usize) -> ClientConfig {
@@ -57,7 +60,8 @@ pub fn reader(planner: &ClientConfig, chunks: &ChunkSettings, partitions: usize)
         let kbytes = (chunks.buffer_bytes / 2 / 1024 / partitions.max(1) as u64).clamp(64, 65_536);
         client.set("queued.max.messages.kbytes", kbytes.to_string());
         if planner.get("queued.min.messages").is_none() {
-            client.set("queued.min.messages", "1000000");
+            let messages = (kbytes * 1024 / RECORD_OVERHEAD).max(1000);
+            client.set("queued.min.messages", messages.to_string());
         }
     }
     client
