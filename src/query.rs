@@ -136,7 +136,7 @@ pub async fn run_observed(
     on_batch: impl Fn(&BatchProgress) + Send + Sync + 'static,
 ) -> Result<(), Error> {
     let pipeline = Pipeline::compile(&config).map_err(|problems| Error::Compile(problems.join("\n")))?;
-    let guarantee = format!("exactly once; {} tables appear together (sqlite)", pipeline.tables.len());
+    let guarantee = config.guarantee();
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
@@ -339,8 +339,9 @@ impl Session {
         let mut state = StateStore::new(pipeline.queries.clone());
         for file in &state_files {
             let bytes = checkpoint.read_state(file).await?;
+            let name = format!("{}/{}", checkpoint.url(), file.name);
             state = blocking(move || {
-                state.apply(&bytes, evict_ms)?;
+                state.apply(&bytes, evict_ms).map_err(|error| Error::StateFile { file: name, error })?;
                 Ok(state)
             })
             .await?;
