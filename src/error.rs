@@ -43,7 +43,7 @@ pub enum Error {
     Sink(#[from] crate::sink::Error),
     #[error("cannot listen on {listen}: {message}; set http.listen to a free address, or to \"\" for no HTTP server")]
     Http { listen: SocketAddr, message: String },
-    #[error("stage {stage} took longer than its deadline of {deadline:?} (deadlines.{stage} in the configuration)")]
+    #[error("stage {stage} took longer than its deadline of {deadline:?} (deadlines.{} in the configuration)", deadline_setting(.stage))]
     Deadline { stage: &'static str, deadline: Duration },
     #[error(
         "batch {batch} was planned with another configuration and is not committed yet. Start once with the configuration \
@@ -133,6 +133,15 @@ fn gaps_text(gaps: &[Gap]) -> String {
         })
         .collect();
     texts.join("; ")
+}
+
+/// Three stages write to the checkpoint and share its deadline.
+fn deadline_setting(stage: &str) -> &str {
+    match stage {
+        "wal_commit" | "state_commit" | "commit_log" => "checkpoint",
+        "commit_tables" => "commit",
+        stage => stage,
+    }
 }
 
 fn batch_text(batch: &Option<BatchId>) -> String {
