@@ -45,13 +45,7 @@ fn chunk(edit: impl Fn(&mut Numbers, &mut Vec<String>)) -> Chunk {
         let begin = chunk.data.len() as u32;
         chunk.data.extend_from_slice(text.as_bytes());
         let value_len = text.len() as u32;
-        chunk.records.push(Record {
-            offset: offset as i64,
-            timestamp_ms: 0,
-            begin,
-            key_len: Record::NONE,
-            value_len,
-        });
+        chunk.records.push(Record { offset: offset as i64, timestamp_ms: 0, begin, key_len: Record::NONE, value_len });
     }
     chunk
 }

@@ -166,6 +166,9 @@ pub fn from_overflows(messages: &[String], batch: BatchId, trigger_time_ms: i64)
     rows.finish()
 }
 
+/// Name and value.
+type Header = (String, Option<Vec<u8>>);
+
 struct Row<'a> {
     reason: Reason,
     path: Option<&'a str>,
@@ -177,7 +180,7 @@ struct Row<'a> {
     timestamp_ms: Option<i64>,
     key: Option<&'a [u8]>,
     payload: Option<&'a [u8]>,
-    headers: Option<&'a [(String, Option<Vec<u8>>)]>,
+    headers: Option<&'a [Header]>,
 }
 
 impl<'a> Row<'a> {

@@ -37,11 +37,13 @@ pub enum Error {
     Transform(#[from] crate::transform::Error),
     #[error(transparent)]
     State(#[from] crate::state::Error),
+    #[error("state file {file}: {error}")]
+    StateFile { file: String, error: crate::state::Error },
     #[error(transparent)]
     Sink(#[from] crate::sink::Error),
     #[error("cannot listen on {listen}: {message}; set http.listen to a free address, or to \"\" for no HTTP server")]
     Http { listen: SocketAddr, message: String },
-    #[error("stage {stage} took longer than its deadline of {deadline:?} (deadlines.{stage} in the configuration)")]
+    #[error("stage {stage} took longer than its deadline of {deadline:?} (deadlines.{} in the configuration)", deadline_setting(.stage))]
     Deadline { stage: &'static str, deadline: Duration },
     #[error(
         "batch {batch} was planned with another configuration and is not committed yet. Start once with the configuration \
@@ -95,6 +97,7 @@ impl Error {
             Error::Source(e) => e.kind(),
             Error::Transform(e) => e.kind(),
             Error::State(e) => e.kind(),
+            Error::StateFile { error, .. } => error.kind(),
             Error::Sink(e) => e.kind(),
             Error::Deadline { .. } => Kind::Indeterminate,
             Error::Cancelled | Error::Internal(_) | Error::Expired { .. } => Kind::Transient,
@@ -122,9 +125,23 @@ impl Error {
 fn gaps_text(gaps: &[Gap]) -> String {
     let texts: Vec<String> = gaps
         .iter()
-        .map(|g| format!("offsets [{}, {}) of {}-{} are gone ({})", g.range.start, g.range.end, g.topic, g.partition, g.cause))
+        .map(|g| {
+            format!(
+                "offsets [{}, {}) of {}-{} are gone ({})",
+                g.range.start, g.range.end, g.topic, g.partition, g.cause
+            )
+        })
         .collect();
     texts.join("; ")
+}
+
+/// Three stages write to the checkpoint and share its deadline.
+fn deadline_setting(stage: &str) -> &str {
+    match stage {
+        "wal_commit" | "state_commit" | "commit_log" => "checkpoint",
+        "commit_tables" => "commit",
+        stage => stage,
+    }
 }
 
 fn batch_text(batch: &Option<BatchId>) -> String {

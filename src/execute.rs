@@ -268,8 +268,7 @@ impl<'a> Job<'a> {
         }
 
         if !rejected.is_empty() {
-            let dead =
-                dead_letter::from_rejections(chunk, &rejected, self.plan.batch, self.plan.trigger_time_ms);
+            let dead = dead_letter::from_rejections(chunk, &rejected, self.plan.batch, self.plan.trigger_time_ms);
             writers.write(self.pipeline.dead_letters, &dead)?;
         }
         if let Some(table) = self.pipeline.rows {
@@ -353,9 +352,8 @@ fn with_provenance(
     let rows = records.len();
     let topic: ArrayRef = Arc::new(StringArray::from_iter_values(std::iter::repeat_n(&*chunk.topic, rows)));
     let partition: ArrayRef = Arc::new(Int32Array::from_value(chunk.partition, rows));
-    let offsets: ArrayRef = Arc::new(Int64Array::from_iter_values(
-        records.iter().map(|&record| chunk.records[record as usize].offset),
-    ));
+    let offsets: ArrayRef =
+        Arc::new(Int64Array::from_iter_values(records.iter().map(|&record| chunk.records[record as usize].offset)));
     let timestamps: TimestampMicrosecondArray = records
         .iter()
         .map(|&record| {
@@ -475,4 +473,3 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A worker that panicked fails the whole attempt, whose values are then dropped.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-

@@ -30,7 +30,8 @@ use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::source::{self, Available, Source};
 use crate::state::{StateStore, WindowQuery};
 use crate::telemetry::{
-    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress, Telemetry,
+    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
+    Telemetry,
 };
 use crate::transform::Transform;
 use crate::trigger::Trigger;
@@ -135,7 +136,7 @@ pub async fn run_observed(
     on_batch: impl Fn(&BatchProgress) + Send + Sync + 'static,
 ) -> Result<(), Error> {
     let pipeline = Pipeline::compile(&config).map_err(|problems| Error::Compile(problems.join("\n")))?;
-    let guarantee = format!("exactly once; {} tables appear together (sqlite)", pipeline.tables.len());
+    let guarantee = config.guarantee();
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
@@ -237,7 +238,7 @@ impl StreamingQuery {
             }
             match session.plan(self, waiting_since.elapsed()).await? {
                 Planned::Run { plan, durations } => {
-                    session.run_batch(self, plan, durations, triggered, false).await?;
+                    session.run_batch(self, *plan, durations, triggered, false).await?;
                     waiting_since = Instant::now();
                 }
                 Planned::Done => {
@@ -263,7 +264,7 @@ fn random() -> f64 {
 type SharedSource = Arc<Mutex<KafkaSource>>;
 
 enum Planned {
-    Run { plan: LoggedPlan, durations: BTreeMap<String, u64> },
+    Run { plan: Box<LoggedPlan>, durations: BTreeMap<String, u64> },
     Nothing,
     Done,
 }
@@ -311,8 +312,7 @@ impl Session {
         checkpoint.check_owner().await?;
         let recovered = checkpoint.recover().await?;
         let pipeline = query.pipeline.clone();
-        let sink =
-            IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
+        let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
         let tables = sink.load().await?;
         check_tables(&config, &checkpoint, &recovered, &tables)?;
 
@@ -339,8 +339,9 @@ impl Session {
         let mut state = StateStore::new(pipeline.queries.clone());
         for file in &state_files {
             let bytes = checkpoint.read_state(file).await?;
+            let name = format!("{}/{}", checkpoint.url(), file.name);
             state = blocking(move || {
-                state.apply(&bytes, evict_ms)?;
+                state.apply(&bytes, evict_ms).map_err(|error| Error::StateFile { file: name, error })?;
                 Ok(state)
             })
             .await?;
@@ -351,7 +352,14 @@ impl Session {
             .filter(|c| c.counts.records > 0)
             .map(|c| c.counts.bytes as f64 / c.counts.records as f64);
         let name = config.name.clone();
-        let source = blocking(move || Ok(KafkaSource::new(&config.source, QueryNames::of(&name), ChunkSettings::with_buffer(config.execution.buffer_bytes))?)).await?;
+        let source = blocking(move || {
+            Ok(KafkaSource::new(
+                &config.source,
+                QueryNames::of(&name),
+                ChunkSettings::with_buffer(config.execution.buffer_bytes),
+            )?)
+        })
+        .await?;
         tracing::info!(
             batch = last.as_ref().map(|l| l.plan.batch),
             pending = pending.as_ref().map(|p| p.plan.batch),
@@ -439,7 +447,7 @@ impl Session {
         let started = Instant::now();
         let plan = with_deadline("wal_commit", deadlines.checkpoint, self.checkpoint.log_plan(&plan)).await?;
         durations.insert("wal_commit".into(), millis(started));
-        Ok(Planned::Run { plan, durations })
+        Ok(Planned::Run { plan: Box::new(plan), durations })
     }
 
     async fn available(&self) -> Result<Available, Error> {
@@ -457,8 +465,7 @@ impl Session {
                 blocking(move || Ok(lock(&source).offsets_at(ms)?)).await?
             }
             StartingOffsets::Explicit(offsets) => {
-                let mut starts: Offsets =
-                    partitions.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
+                let mut starts: Offsets = partitions.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
                 starts.extend(offsets.iter().map(|(tp, offset)| (tp.clone(), *offset)));
                 starts
             }
@@ -504,18 +511,14 @@ impl Session {
         };
         if delta.groups > 0 {
             let put = self.checkpoint.put_state(plan.batch, attempt, kind, delta.bytes, delta.max_window_end_us);
-            state_files.push(
-                with_deadline("state_commit", deadlines.checkpoint, put).await?,
-            );
+            state_files.push(with_deadline("state_commit", deadlines.checkpoint, put).await?);
         }
         durations.insert("state_commit".into(), millis(started));
 
         // 5. Commit the tables, all of them or none.
         let started = Instant::now();
-        let written: Vec<(u64, u64)> = files
-            .iter()
-            .map(|files| (files.iter().map(|f| f.record_count()).sum(), files.len() as u64))
-            .collect();
+        let written: Vec<(u64, u64)> =
+            files.iter().map(|files| (files.iter().map(|f| f.record_count()).sum(), files.len() as u64)).collect();
         let commit = BatchCommit {
             marker: Marker { pipeline: query.config.name.clone(), batch: plan.batch, plan: digest.clone() },
             tables: plan.tables.clone(),
@@ -565,7 +568,8 @@ impl Session {
         progress.batch_duration_ms = millis(triggered);
         let seconds = triggered.elapsed().as_secs_f64();
         progress.processed_rows_per_second = counts.records as f64 / seconds;
-        progress.input_rows_per_second = counts.records as f64 / query.since_last_trigger(triggered).as_secs_f64().max(seconds);
+        progress.input_rows_per_second =
+            counts.records as f64 / query.since_last_trigger(triggered).as_secs_f64().max(seconds);
         progress.duration_ms = durations;
         tracing::info!(
             batch = plan.batch,
@@ -592,7 +596,8 @@ impl Session {
     }
 
     async fn execute(&mut self, query: &StreamingQuery, plan: MicroBatch, attempt: Uuid) -> Result<Executed, Error> {
-        let state = self.state.take().ok_or_else(|| Error::Internal("the state was lost by an earlier failure".into()))?;
+        let state =
+            self.state.take().ok_or_else(|| Error::Internal("the state was lost by an earlier failure".into()))?;
         let cancel = Arc::new(AtomicBool::new(false));
         // Set when this future is dropped, as a deadline does.
         let _guard = CancelOnDrop(cancel.clone());
@@ -769,7 +774,12 @@ fn check_topics(plan: &MicroBatch, available: &Available) -> Result<(), Error> {
 /// Compares every table's marker with the checkpoint before anything is done. Every batch sets the marker of every
 /// table, so the two always agree up to the batch in hand; where they do not, someone restored, deleted or re-created
 /// one of them, and going on would lose rows or double them.
-fn check_tables(config: &Config, checkpoint: &Checkpoint, recovered: &checkpoint::Recovered, tables: &[TableInfo]) -> Result<(), Error> {
+fn check_tables(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    recovered: &checkpoint::Recovered,
+    tables: &[TableInfo],
+) -> Result<(), Error> {
     let Some(logged) = &recovered.plan else {
         for table in tables {
             let stranger = table.others.iter().find(|(_, marker)| marker.pipeline == config.name);
@@ -793,7 +803,12 @@ fn check_tables(config: &Config, checkpoint: &Checkpoint, recovered: &checkpoint
     for table in tables {
         let Some(known) = logged.plan.tables.get(&table.name) else { continue };
         if *known != table.uuid {
-            return Err(Error::TableRecreated { table: table.name.clone(), then: *known, now: table.uuid, batch: newest });
+            return Err(Error::TableRecreated {
+                table: table.name.clone(),
+                then: *known,
+                now: table.uuid,
+                batch: newest,
+            });
         }
         match &table.marker {
             Some(marker) if marker.batch > newest || marker.batch == newest && marker.plan != logged.digest => {
@@ -802,7 +817,11 @@ fn check_tables(config: &Config, checkpoint: &Checkpoint, recovered: &checkpoint
             marker => {
                 let has = marker.as_ref().map(|m| m.batch);
                 if has < committed {
-                    return Err(Error::TableOlder { table: table.name.clone(), has, committed: committed.unwrap_or_default() });
+                    return Err(Error::TableOlder {
+                        table: table.name.clone(),
+                        has,
+                        committed: committed.unwrap_or_default(),
+                    });
                 }
             }
         }

@@ -212,10 +212,15 @@ fn write_synced(temp: &FsPath, payload: &PutPayload) -> io::Result<()> {
 }
 
 fn parent(file: &FsPath) -> &FsPath {
-    file.parent().unwrap_or(FsPath::new("/"))
+    match file.parent() {
+        Some(folder) if folder.as_os_str().is_empty() => FsPath::new("."),
+        Some(folder) => folder,
+        None => FsPath::new("/"),
+    }
 }
 
-fn create_folders(folder: &FsPath) -> io::Result<()> {
+/// Creates `folder` and those above it, each entered durably in its parent.
+pub(crate) fn create_folders(folder: &FsPath) -> io::Result<()> {
     if folder.is_dir() {
         return Ok(());
     }
@@ -301,5 +306,6 @@ mod tests {
         assert_eq!(open("/x y/%20").unwrap().url, "file:///x y/%20");
         assert!(open("ftp://x/y").unwrap_err().to_string().contains("not supported"));
         assert!(open("s3://").is_err());
+        assert_eq!(parent(FsPath::new("catalog.db")), FsPath::new("."));
     }
 }

@@ -46,7 +46,12 @@ fn commit(plan: &LoggedPlan, state: &[StateFile]) -> CommitEntry {
         watermark_next_ms: -1,
         state: state.to_vec(),
         snapshots: [("ns.rows".to_string(), Some(i64::MAX)), ("ns.windows".to_string(), None)].into(),
-        counts: Counts { records: 10, rows: 9, dead_letters: 1, ..Counts::default() },
+        counts: Counts {
+            records: 10,
+            rows: 9,
+            dead_letters: BTreeMap::from([("malformed_json".into(), 1)]),
+            ..Counts::default()
+        },
         committed_at_ms: 1,
     }
 }

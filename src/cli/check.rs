@@ -172,14 +172,19 @@ fn probe_name() -> String {
 async fn warehouse_store(warehouse: &str) -> Finding {
     let fix = "check catalog.warehouse and its permissions";
     let location = open(warehouse, fix)?;
-    put_and_delete(&location, fix).await?;
-    Ok(format!("{}: writable", location.url))
+    let new = new_folders(&location);
+    let tried = put_and_delete(&location, fix).await;
+    remove(&new);
+    tried.map(|()| format!("{}: writable", location.url))
 }
 
 async fn checkpoint(config: &Config) -> Finding {
     let fix = "check checkpoint.location and its permissions";
     let location = open(&config.checkpoint_location, fix)?;
-    create_if_absent(&location, fix).await?;
+    let new = new_folders(&location);
+    let tried = create_if_absent(&location, fix).await;
+    remove(&new);
+    tried?;
     let url = &location.url;
     match Checkpoint::inspect(location.clone()).await {
         Ok(None) => Ok(format!(
@@ -198,6 +203,20 @@ async fn checkpoint(config: &Config) -> Finding {
 
 fn open(location: &str, fix: &str) -> Result<Location, String> {
     crate::storage::open(location).map_err(|e| format!("{location}: {e}; {fix}"))
+}
+
+/// The folders of a local place that are not there yet, innermost first: a probe object makes them.
+fn new_folders(location: &Location) -> Vec<PathBuf> {
+    let path = url::Url::parse(&location.url).ok().and_then(|u| u.to_file_path().ok());
+    let ancestors = path.iter().flat_map(|p| p.ancestors());
+    ancestors.take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect()
+}
+
+fn remove(folders: &[PathBuf]) {
+    for folder in folders {
+        // One that is in use by now is not empty, and stays.
+        let _ = std::fs::remove_dir(folder);
+    }
 }
 
 async fn put_and_delete(location: &Location, fix: &str) -> Result<(), String> {
@@ -234,10 +253,23 @@ mod tests {
     #[tokio::test]
     async fn a_store_is_tried_and_left_as_it_was() {
         let folder = tempfile::tempdir().unwrap();
-        let location = crate::storage::open(folder.path().to_str().unwrap()).unwrap();
-        put_and_delete(&location, "").await.unwrap();
+        let place = folder.path().join("a/b c");
+        let location = crate::storage::open(place.to_str().unwrap()).unwrap();
         create_if_absent(&location, "").await.unwrap();
+        assert!(place.is_dir());
+        std::fs::remove_dir_all(folder.path().join("a")).unwrap();
+        let found = warehouse_store(place.to_str().unwrap()).await.unwrap();
+        assert!(found.ends_with(": writable"), "{found}");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_cannot_be_written_is_a_failure_that_says_what_to_check() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let finding = warehouse_store(file.join("warehouse").to_str().unwrap()).await;
+        assert!(finding.unwrap_err().contains("check catalog.warehouse"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::{EventTimeConfig, TransformConfig, WindowConfig};
 use crate::state::WindowQuery;
 use crate::transform::Transform;
 
-/// The mistakes, each with the key of its section.
+/// The mistakes, each with its key.
 pub fn compile_pipeline(
     schema: &SchemaRef,
     transform: &TransformConfig,
@@ -16,14 +16,23 @@ pub fn compile_pipeline(
     let columns = match Transform::compile(transform, schema) {
         Ok(transform) => transform.output_schema(),
         // Windows may use the very columns that are wrong.
-        Err(problems) => return problems.into_iter().map(|p| ("transform".to_string(), p)).collect(),
+        Err(problems) => return problems.iter().map(|p| with_key("", p)).collect(),
     };
     let Some(event_time) = event_time else { return Vec::new() };
     let mut found = Vec::new();
     for (index, window) in windows.iter().enumerate() {
         if let Err(problems) = WindowQuery::compile(window, &columns, &event_time.column) {
-            found.extend(problems.into_iter().map(|p| (format!("windows.{index}"), p)));
+            let subject = format!("window table {}: ", window.table.table);
+            let section = format!("windows.{index}.");
+            found.extend(problems.iter().map(|p| with_key(&section, p.strip_prefix(&subject).unwrap_or(p))));
         }
     }
     found
+}
+
+/// The compilers' messages begin with what they are about: `transform.filter = "…": …`, `group_by: …`.
+fn with_key(section: &str, message: &str) -> (String, String) {
+    let end = message.find([' ', ':']).unwrap_or(0);
+    let problem = message[end..].trim_start_matches([' ', ':', '=']);
+    (format!("{section}{}", &message[..end]), problem.to_string())
 }

@@ -710,6 +710,27 @@ fn the_fingerprint_changes_with_what_a_batch_means_and_with_nothing_else() {
 }
 
 #[test]
+fn the_worked_example_is_sound() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/telemetry.toml");
+    let config = load(&file, &BTreeMap::new()).unwrap();
+    assert_eq!(config.tables().count(), 3);
+}
+
+#[test]
+fn sql_that_does_not_compile_is_a_mistake_of_its_setting() {
+    for (from, to, expected) in [
+        ("status <> 'test'", "stat <> 'test'", "pipeline.toml:21: transform.filter: \"stat <> 'test'\": "),
+        ("status <> 'test'", "status <>", "pipeline.toml:21: transform.filter: "),
+        ("battery_level + 1", "battery_level +", "pipeline.toml:24: transform.columns.a_first: "),
+        ("avg(battery_level)", "avg(battery)", "pipeline.toml:45: windows.0.aggregates.battery_avg: "),
+        ("avg(battery_level)", "median(battery_level)", "pipeline.toml:45: windows.0.aggregates.battery_avg: "),
+    ] {
+        let errors = Case::new().errors(&FULL.replacen(from, to, 1));
+        assert!(errors.len() == 1 && errors[0].starts_with(expected), "{to}: expected {expected}, found {errors:#?}");
+    }
+}
+
+#[test]
 fn the_guarantee_follows_from_the_configuration() {
     assert_eq!(load_ok(MINIMAL).guarantee(), "exactly once; 2 tables appear together (sqlite)");
     let text = FULL.replace("\"session.timeout.ms\" = 45000", "\"isolation.level\" = \"read_uncommitted\"");
@@ -727,5 +748,17 @@ fn every_setting_is_in_the_readme_with_its_default() {
         if let Some(default) = setting.default {
             assert!(line.contains(&format!("`{default}`")), "{key}: the README has another default: {line}");
         }
+    }
+}
+
+#[test]
+fn the_readme_knows_every_reason_and_no_metric_that_is_not_there() {
+    let readme = include_str!("../../README.md");
+    for reason in crate::dead_letter::Reason::ALL {
+        assert!(readme.contains(&format!("| `{}` |", reason.code())), "{}", reason.code());
+    }
+    let metrics = include_str!("../telemetry/metrics.rs");
+    for name in readme.split('`').filter(|word| word.starts_with("floe_")) {
+        assert!(metrics.contains(&format!("\"{name}\"")), "{name}");
     }
 }

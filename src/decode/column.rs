@@ -89,7 +89,7 @@ impl Column {
 
     /// Reads the value that `scanner` stands on, checks it and appends it.
     #[inline]
-    pub fn push(&mut self, field: &Field, scanner: &mut Scanner<'_>, text: &str, scratch: &mut Vec<u8>) -> Scan<()> {
+    pub fn push(&mut self, field: &Field, scanner: &mut Scanner<'_>, text: &[u8], scratch: &mut Vec<u8>) -> Scan<()> {
         let at = scanner.at;
         let refuse = |reason| Err(Fault::value(reason, field, text, at));
         match (&field.value, scanner.peek()) {

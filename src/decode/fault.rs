@@ -32,12 +32,13 @@ impl Fault {
 
     /// The value that begins at byte `at` is not what the field allows.
     #[cold]
-    pub fn value(reason: Reason, field: &Field, text: &str, at: usize) -> Box<Fault> {
+    pub fn value(reason: Reason, field: &Field, text: &[u8], at: usize) -> Box<Fault> {
         let mut scanner = Scanner::new(text);
         scanner.at = at;
         // Whether the rest is JSON at all is for `most_basic` to say.
         let end = if scanner.skip_value(1).is_ok() { scanner.at } else { text.len() };
-        let found = shorten(text.get(at..end).unwrap_or_default());
+        let found = String::from_utf8_lossy(text.get(at..end).unwrap_or_default());
+        let found = shorten(&found);
         Fault::new(reason, path_to(&field.name), format!("found {found}; allowed is {}", field.allowed))
     }
 
@@ -67,7 +68,7 @@ impl Fault {
     /// Which fault to report of a record that has several: what is wrong with it as JSON comes before what is wrong
     /// with it as an object, and that before what the schema says, wherever in the document each of them stands.
     #[cold]
-    pub fn most_basic(self: Box<Fault>, text: &str) -> Box<Fault> {
+    pub fn most_basic(self: Box<Fault>, text: &[u8]) -> Box<Fault> {
         let mut scanner = Scanner::new(text);
         scanner.skip_whitespace();
         let begin = scanner.at;
@@ -83,14 +84,15 @@ impl Fault {
                     .into();
                 fault
             }
-            (Err(mut fault), _) if text.starts_with('\u{feff}') => {
+            (Err(mut fault), _) if text.starts_with(b"\xef\xbb\xbf") => {
                 fault.message = "the payload begins with a byte order mark; JSON has none".into();
                 fault
             }
             (Err(fault), _) => fault,
             (Ok(_), Some(b'{')) => first_duplicate(text).unwrap_or(self),
             (Ok(end), _) => {
-                let found = shorten(text.get(begin..end).unwrap_or_default());
+                let found = String::from_utf8_lossy(text.get(begin..end).unwrap_or_default());
+                let found = shorten(&found);
                 Fault::new(Reason::NotAnObject, "$", format!("found {found}; allowed is an object"))
             }
         }
@@ -98,7 +100,7 @@ impl Fault {
 }
 
 /// The first key of the document's object that was there before. The document is known to be well-formed.
-fn first_duplicate(text: &str) -> Option<Box<Fault>> {
+fn first_duplicate(text: &[u8]) -> Option<Box<Fault>> {
     let mut scanner = Scanner::new(text);
     let mut seen: HashSet<Vec<u8>> = HashSet::new();
     scanner.skip_whitespace();

@@ -13,14 +13,13 @@ use super::fault::{Fault, Scan};
 pub const MAX_DEPTH: u32 = 128;
 
 pub struct Scanner<'a> {
-    text: &'a str,
     bytes: &'a [u8],
     pub at: usize,
 }
 
 /// A number as it was written.
 pub struct Number<'a> {
-    pub text: &'a str,
+    text: &'a [u8],
     negative: bool,
     /// All digits before the exponent as one integer; exact when `digits <= 19`.
     mantissa: u64,
@@ -38,8 +37,8 @@ pub enum NotInteger {
 }
 
 impl<'a> Scanner<'a> {
-    pub fn new(text: &'a str) -> Self {
-        Scanner { text, bytes: text.as_bytes(), at: 0 }
+    pub fn new(text: &'a [u8]) -> Self {
+        Scanner { bytes: text, at: 0 }
     }
 
     #[inline]
@@ -60,7 +59,8 @@ impl<'a> Scanner<'a> {
 
     #[cold]
     pub fn malformed(&self, expected: &str) -> Box<Fault> {
-        let message = match self.text.get(self.at..).and_then(|rest| rest.chars().next()) {
+        let rest = self.rest();
+        let message = match String::from_utf8_lossy(&rest[..rest.len().min(4)]).chars().next() {
             Some(c) => format!("found {c:?} at byte {}; expected {expected}", self.at),
             None => format!("the document ends at byte {}; expected {expected}", self.at),
         };
@@ -210,7 +210,7 @@ impl<'a> Scanner<'a> {
             }
             self.digits(&mut 0)?;
         }
-        Ok(Number { text: &self.text[start..self.at], negative, mantissa, digits, scale, exponent })
+        Ok(Number { text: &self.bytes[start..self.at], negative, mantissa, digits, scale, exponent })
     }
 
     #[inline]
@@ -309,7 +309,7 @@ impl Number<'_> {
             let magnitude = self.mantissa as f64 / POWERS[self.scale];
             return Some(if self.negative { -magnitude } else { magnitude });
         }
-        self.text.parse().ok().filter(|f: &f64| f.is_finite())
+        std::str::from_utf8(self.text).ok()?.parse().ok().filter(|f: &f64| f.is_finite())
     }
 
     /// The exact integer: `1.0` and `1e2` are integers, as JSON Schema has it.
@@ -324,7 +324,8 @@ impl Number<'_> {
 
     /// value = digits without their trailing zeros × 10^power
     fn to_i64_slowly(&self) -> Result<i64, NotInteger> {
-        let (mantissa, exponent) = self.text.split_once(['e', 'E']).unwrap_or((self.text, "0"));
+        let text = std::str::from_utf8(self.text).unwrap_or_default();
+        let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
         let digits = || mantissa.bytes().filter(u8::is_ascii_digit);
         let Some(last) = digits().rev().position(|d| d != b'0') else { return Ok(0) };
         let first = digits().position(|d| d != b'0').unwrap_or(0);
@@ -376,11 +377,11 @@ mod tests {
     use super::*;
 
     fn integer(text: &str) -> Result<i64, NotInteger> {
-        Scanner::new(text).number().unwrap().to_i64()
+        Scanner::new(text.as_bytes()).number().unwrap().to_i64()
     }
 
     fn double(text: &str) -> Option<f64> {
-        Scanner::new(text).number().unwrap().to_f64()
+        Scanner::new(text.as_bytes()).number().unwrap().to_f64()
     }
 
     #[test]

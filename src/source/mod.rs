@@ -60,8 +60,11 @@ pub struct Chunk {
     pub data: Vec<u8>,
     pub records: Vec<Record>,
     /// Headers of the few records that have them, by record index: name and value.
-    pub headers: Vec<(u32, Vec<(String, Option<Vec<u8>>)>)>,
+    pub headers: Vec<(u32, Headers)>,
 }
+
+/// Names, which may repeat, and values.
+pub type Headers = Vec<(String, Option<Vec<u8>>)>;
 
 /// Where a record's parts stand in `Chunk::data`: key first, then value. `NONE` as a length means null.
 #[derive(Clone, Copy, Debug)]

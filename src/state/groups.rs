@@ -14,7 +14,7 @@ use super::query::WindowQuery;
 /// How many groups a window may have before its keys move into a hash table. An empty hash table takes some 12 KiB: too
 /// much for windows of a few groups, of which a backlog of sparse data opens tens of thousands at once.
 const FEW_GROUPS: usize = 16;
-/// A window that begins with this many rows gets its hash table at once.
+/// A window that is given this many rows at once gets its hash table, however few groups they have: it is faster.
 const MANY_ROWS: usize = 64;
 
 enum Keys {
@@ -99,7 +99,7 @@ impl GroupTable {
     fn intern(&mut self, query: &WindowQuery, keys: &[ArrayRef], rows: usize, indices: &mut Vec<usize>) -> Result<()> {
         indices.clear();
         if let Keys::Few(few) = &mut self.keys {
-            if (!few.is_empty() || rows < MANY_ROWS) && intern_few(query, few, keys, indices)? {
+            if rows < MANY_ROWS && intern_few(query, few, keys, indices)? {
                 self.groups = few.len();
                 return Ok(());
             }

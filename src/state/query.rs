@@ -261,9 +261,11 @@ impl Aggregate {
     ) -> Result<(Aggregate, Field), String> {
         let allowed = || format!("must be one aggregate: {}", sql::AGGREGATES.map(|f| format!("{f}(...)")).join(", "));
         let scope = sql::Scope::new(input)?;
-        let Expr::AggregateFunction(call) = scope.parse(text).map_err(|e| format!("{e}; {}", allowed()))? else {
-            return Err(allowed());
-        };
+        let parsed = scope.parse(text).map_err(|e| match e.starts_with("Invalid function") {
+            true => format!("{e}; {}", allowed()),
+            false => e,
+        })?;
+        let Expr::AggregateFunction(call) = parsed else { return Err(allowed()) };
         let params = call.params;
         if params.distinct || params.filter.is_some() || !params.order_by.is_empty() || params.null_treatment.is_some()
         {

@@ -2,8 +2,7 @@
 //!
 //! Owns: parsing, planning, type coercion, simplification, the functions that may be called, evaluation row by row when
 //! the evaluation of a whole batch fails. Does not own: what an expression is for.
-//! Only functions that give the same result whenever they run are known here: a batch that is replayed must come out the
-//! same. Integer arithmetic that overflows is an error of its row; it never wraps.
+//! Only functions that give the same result whenever they run are allowed: a batch that is replayed must come out the same. Integer arithmetic that overflows is an error of its row; it never wraps.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
@@ -46,12 +45,10 @@ impl Functions {
     fn new() -> Self {
         let mut scalar = HashMap::new();
         for function in datafusion_functions::all_default_functions() {
-            if function.signature().volatility == Volatility::Immutable {
-                for alias in function.aliases() {
-                    scalar.insert(alias.clone(), function.clone());
-                }
-                scalar.insert(function.name().to_string(), function);
+            for alias in function.aliases() {
+                scalar.insert(alias.clone(), function.clone());
             }
+            scalar.insert(function.name().to_string(), function);
         }
         let aggregate = HashMap::from([
             ("count", count::count_udaf()),
@@ -136,7 +133,7 @@ impl Scope {
         let expr = planner
             .sql_to_expr(parsed.expr, &self.columns, &mut PlannerContext::new())
             .map_err(|e| self.explain(&e))?;
-        refuse_subqueries(&expr)?;
+        refuse_unfit(&expr)?;
         let expr = count_rows_for_wildcard(expr);
         let context = SimplifyContext::default().with_schema(self.columns.clone());
         let simplifier = ExprSimplifier::new(context);
@@ -146,6 +143,9 @@ impl Scope {
 
     /// The expression ready to run. One that fails without looking at any row is refused here.
     pub fn physical(&self, expr: &Expr) -> Result<Arc<dyn PhysicalExpr>, String> {
+        if expr.exists(|node| Ok(matches!(node, Expr::AggregateFunction(_)))).map_err(|e| first_line(&e))? {
+            return Err("aggregates belong into [[windows]], and not inside one another".to_string());
+        }
         let physical =
             create_physical_expr(expr, &self.columns, &ExecutionProps::new()).map_err(|e| self.explain(&e))?;
         let checked = physical.transform_up(|node| self.check(node)).map_err(|e| self.explain(&e))?.data;
@@ -199,24 +199,28 @@ fn count_rows_for_wildcard(expr: Expr) -> Expr {
     }
 }
 
-fn refuse_subqueries(expr: &Expr) -> Result<(), String> {
+/// Names what cannot run on a stream.
+fn refuse_unfit(expr: &Expr) -> Result<(), String> {
     let mut refused = None;
     let walked = expr.apply(|node| {
         refused = match node {
             Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::SetComparison(_) => {
-                Some("a subquery cannot run on a stream")
+                Some("a subquery cannot run on a stream".to_string())
             }
-            Expr::WindowFunction(_) => Some("OVER (...) cannot run on a stream; windows are configured in [[windows]]"),
-            Expr::Placeholder(_) => Some("placeholders have no value here"),
+            Expr::WindowFunction(_) => {
+                Some("OVER (...) cannot run on a stream; windows are configured in [[windows]]".to_string())
+            }
+            Expr::Placeholder(_) => Some("placeholders have no value here".to_string()),
+            Expr::ScalarFunction(call) if call.func.signature().volatility != Volatility::Immutable => Some(format!(
+                "{}() gives another result when it runs again, and a batch that is run again must come out the same",
+                call.func.name()
+            )),
             _ => None,
         };
         Ok(if refused.is_some() { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
     });
-    match (walked, refused) {
-        (Err(e), _) => Err(first_line(&e)),
-        (_, Some(why)) => Err(why.to_string()),
-        _ => Ok(()),
-    }
+    walked.map_err(|e| first_line(&e))?;
+    refused.map_or(Ok(()), Err)
 }
 
 fn is_comparison(op: Operator) -> bool {
@@ -228,10 +232,27 @@ fn is_arithmetic(op: Operator) -> bool {
     matches!(op, Operator::Plus | Operator::Minus | Operator::Multiply | Operator::Divide | Operator::Modulo)
 }
 
-/// DataFusion's messages without their suggestions and backtraces.
+/// DataFusion's messages without its own classification, suggestions and backtraces.
 pub fn first_line(error: &DataFusionError) -> String {
+    const LABELS: [&str; 7] = [
+        "Error during planning: ",
+        "Schema error: ",
+        "SQL error: ",
+        "Arrow error: ",
+        "Internal error: ",
+        "External error: ",
+        "Execution error: ",
+    ];
     let text = error.strip_backtrace();
-    text.lines().next().unwrap_or_default().trim_end_matches('.').to_string()
+    let mut line = text.lines().next().unwrap_or_default();
+    while let Some(rest) = LABELS.iter().find_map(|label| line.strip_prefix(label)) {
+        line = rest;
+    }
+    if let Some(parser) = line.strip_prefix("ParserError(\"").and_then(|rest| rest.strip_suffix("\")")) {
+        line = parser;
+    }
+    let line = line.split(", errors: ").next().unwrap_or(line);
+    line.trim_end_matches('.').to_string()
 }
 
 /// The type under which tables keep values of `data_type`; `None` if they cannot.

@@ -158,7 +158,7 @@ fn failed_at_each_step() {
 #[test]
 fn killed_in_the_batch_without_data() {
     let _turn = turn();
-    for step in ["plan.after_put", "commit.metadata_written", "commit.committed", "commit_log.after_put"] {
+    for step in ["plan.after_put", "execute.files_written", "commit.committed", "commit_log.after_put"] {
         let pipeline = pipeline();
         pipeline.run_failing(&format!("{step}:kill:6")).expect_killed();
         pipeline.run();

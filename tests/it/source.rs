@@ -1,6 +1,7 @@
 //! The Kafka source against a real broker: exactly the planned ranges, whatever brokers, transactions and retention do.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use floe::source::{Chunk, Chunks, Error, Record, Source};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{BaseRecord, Producer};
 
-use crate::support::broker::{Broker, Rec};
+use crate::support::broker::{Broker, Rec, free_port};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -315,6 +316,22 @@ fn a_topic_created_again_has_another_id() {
 }
 
 #[test]
+fn a_topic_deleted_under_a_read_ends_it() {
+    let broker = Broker::shared();
+    let topic = "vanished";
+    broker.create_topic(topic, 1, &[]);
+    broker.produce(topic, Some(0), None, numbers(0..10));
+    let soon = [("topic.metadata.refresh.interval.ms", "500"), ("topic.metadata.propagation.max.ms", "1000")];
+    let mut source = source_with(broker, &[topic], &soon, ChunkSettings::default());
+    let chunks = source.read(&ranges(&[(topic, 0, 0, 20)])).unwrap();
+    thread::sleep(Duration::from_millis(500));
+    broker.delete_topic(topic);
+    let error = collect(chunks).unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal, "{error}");
+    assert!(error.to_string().contains("vanished-0 no longer exists"), "{error}");
+}
+
+#[test]
 fn a_topic_that_is_not_there_is_named() {
     let broker = Broker::shared();
     let error = source(broker, &["missing"]).available().unwrap_err();
@@ -468,6 +485,86 @@ fn a_broker_that_dies_and_comes_back_loses_nothing() {
     let begin = Instant::now();
     drop(source);
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn refused_credentials_are_fatal_and_valid_ones_read() {
+    let sasl = free_port();
+    let listeners =
+        format!("PLAINTEXT://127.0.0.1:{{port}},CONTROLLER://127.0.0.1:{{controller_port}},SASL://127.0.0.1:{sasl}");
+    let broker = Broker::start_with(&[
+        ("listeners", &listeners),
+        ("advertised.listeners", &format!("PLAINTEXT://127.0.0.1:{{port}},SASL://127.0.0.1:{sasl}")),
+        ("listener.security.protocol.map", "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL:SASL_PLAINTEXT"),
+        ("listener.name.sasl.sasl.enabled.mechanisms", "PLAIN"),
+        (
+            "listener.name.sasl.plain.sasl.jaas.config",
+            "org.apache.kafka.common.security.plain.PlainLoginModule required user_floe=\"right\";",
+        ),
+    ]);
+    broker.create_topic("secured", 1, &[]);
+    broker.produce("secured", Some(0), None, ["a"]);
+    let with = |password: &str| {
+        let kafka = [
+            ("security.protocol", "SASL_PLAINTEXT"),
+            ("sasl.mechanism", "PLAIN"),
+            ("sasl.username", "floe"),
+            ("sasl.password", password),
+        ];
+        let config = config(&format!("127.0.0.1:{sasl}"), &["secured"], &kafka);
+        KafkaSource::new(&config, QueryNames::of("secured"), ChunkSettings::default()).unwrap()
+    };
+    let begin = Instant::now();
+    let error = with("wrong").available().unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal, "{error}");
+    assert!(error.to_string().contains("refuse the credentials"), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    let mut source = with("right");
+    let plan = everything(&mut source);
+    assert_eq!(collect(source.read(&plan).unwrap()).unwrap().len(), 1);
+}
+
+/// The end of the partition is never reached: aborted records keep coming, and no record that is handed out.
+#[test]
+fn a_range_before_endless_aborted_records_ends() {
+    let broker = Broker::shared();
+    let topic = "aborted";
+    broker.create_topic(topic, 1, &[]);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let producer = broker.transactional_producer("aborted");
+            let timeout = Duration::from_secs(20);
+            while !stop.load(Ordering::Relaxed) {
+                producer.begin_transaction().unwrap();
+                for _ in 0..50 {
+                    let record: BaseRecord<'_, (), str> = BaseRecord::to(topic).partition(0).payload("aborted");
+                    producer.send(record).map_err(|(e, _)| e).unwrap();
+                    producer.flush(timeout).unwrap();
+                }
+                producer.abort_transaction(timeout).unwrap();
+            }
+        });
+        let mut source = source(broker, &[topic]);
+        let mut start = 0;
+        let deadline = Instant::now() + PATIENCE;
+        for _ in 0..5 {
+            let end = loop {
+                let end = everything(&mut source)[&TopicPartition::new(topic, 0)].end;
+                if end > start {
+                    break end;
+                }
+                assert!(Instant::now() < deadline);
+                thread::sleep(Duration::from_millis(20));
+            };
+            let begin = Instant::now();
+            let values = collect(source.read(&ranges(&[(topic, 0, start, end)])).unwrap()).unwrap();
+            assert!(values.is_empty(), "{values:?}");
+            assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+            start = end;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]

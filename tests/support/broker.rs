@@ -30,7 +30,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(90);
 /// How the broker is run.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Added to `server.properties`, over the defaults of [`properties`].
+    /// Added to `server.properties`, over the defaults of [`properties`]. In values `{port}` and `{controller_port}` stand
+    /// for the ports that were chosen, for listeners of a test's own.
     pub properties: Vec<(String, String)>,
     /// `-Xmx`
     pub heap: String,
@@ -383,7 +384,9 @@ impl Broker {
     fn server_properties(&self) -> String {
         let data = self.dir.path().join("data");
         let mut all = properties(self.port, self.controller_port, &data);
-        all.extend(self.options.properties.iter().cloned());
+        let (port, controller) = (self.port.to_string(), self.controller_port.to_string());
+        let ports = |v: &String| v.replace("{port}", &port).replace("{controller_port}", &controller);
+        all.extend(self.options.properties.iter().map(|(k, v)| (k.clone(), ports(v))));
         // Later lines win.
         all.into_iter().map(|(k, v)| format!("{k}={v}\n")).collect()
     }
@@ -416,6 +419,8 @@ fn properties(port: u16, controller_port: u16, data: &Path) -> Vec<(String, Stri
         // A killed broker may register again only when its old session is over.
         ("broker.heartbeat.interval.ms", "500"),
         ("broker.session.timeout.ms", "3000"),
+        // Tests set old timestamps; those that want retention set it for their topic.
+        ("log.retention.ms", "-1"),
         ("log.retention.check.interval.ms", "300"),
         ("log.initial.task.delay.ms", "300"),
         ("log.segment.delete.delay.ms", "100"),
@@ -438,7 +443,7 @@ fn properties(port: u16, controller_port: u16, data: &Path) -> Vec<(String, Stri
 
 /// Below the range from which the kernel takes ports for outgoing connections, so that a broker that restarts finds its
 /// port free.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let n = std::process::id().wrapping_mul(37).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));

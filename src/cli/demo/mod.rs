@@ -22,7 +22,7 @@ use self::producer::{Plan, Producer, SPEED, TOPIC, WINDOW_MS};
 use self::verify::{Claimed, DEAD_LETTERS, NAMESPACE, ROWS, Tables, WINDOWS, WindowRow};
 use crate::telemetry::{BatchProgress, rfc3339};
 
-const SCHEMA: &str = include_str!("telemetry.schema.json");
+const SCHEMA: &str = include_str!("../../../schemas/telemetry.json");
 const CONFIG_FILE: &str = "telemetry.toml";
 
 /// How long the pipeline may take to read what is left when the devices stop.
@@ -84,7 +84,7 @@ pub async fn demo(options: &DemoOptions) -> Result<ExitCode, Error> {
 
     let port = free_port()?;
     let toml = config_text(&options.folder, &producer.bootstrap_servers, port);
-    write(&options.folder.join("telemetry.schema.json"), SCHEMA)?;
+    write(&options.folder.join("telemetry.json"), SCHEMA)?;
     let file = options.folder.join(CONFIG_FILE);
     write(&file, &toml)?;
     // The file alone says what runs: a FLOE_ variable meant for another pipeline must not bend the demo.
@@ -300,10 +300,8 @@ fn paste_lines(tables: &Tables) -> Result<(), Error> {
     say("    INSTALL iceberg; LOAD iceberg;");
     say(&format!("    SELECT * FROM iceberg_scan('{}') ORDER BY window_start, device_id;", path_of(&windows)));
     if let Some((location, _)) = dead {
-        say(&format!(
-            "    SELECT reason, path, message, count(*) FROM iceberg_scan('{}') GROUP BY ALL;",
-            path_of(&location)
-        ));
+        let columns = "reason, count(*) AS records, any_value(message) AS example";
+        say(&format!("    SELECT {columns} FROM iceberg_scan('{}') GROUP BY reason;", path_of(&location)));
     }
     say("\n  PyIceberg (pip install 'pyiceberg[sql-sqlite,pyarrow]'):");
     say("    from pyiceberg.catalog.sql import SqlCatalog");
@@ -343,7 +341,7 @@ starting_offsets = "earliest"
 interval = "1 second"
 
 [schema]
-file = "telemetry.schema.json"
+file = "telemetry.json"
 
 [transform.columns]
 battery_low = "battery_level < 20"
@@ -487,7 +485,7 @@ mod tests {
         // Quotes in a path must reach the file escaped.
         let folder = parent.path().join("de\"mo");
         std::fs::create_dir(&folder).unwrap();
-        write(&folder.join("telemetry.schema.json"), SCHEMA).unwrap();
+        write(&folder.join("telemetry.json"), SCHEMA).unwrap();
         write(&folder.join(CONFIG_FILE), &config_text(&folder, "127.0.0.1:1", 8080)).unwrap();
         let config = crate::config::load(&folder.join(CONFIG_FILE), &BTreeMap::new()).unwrap();
         assert_eq!(config.source.topics, [TOPIC]);

@@ -17,7 +17,7 @@ use rdkafka::config::ClientConfig;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{DeliveryResult, Message};
 use rdkafka::mocking::MockCluster;
-use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _, ProducerContext};
+use rdkafka::producer::{BaseProducer, BaseRecord, DefaultProducerContext, Producer as _, ProducerContext};
 
 use crate::dead_letter::Reason;
 
@@ -52,7 +52,7 @@ pub struct Plan {
     /// Records a second.
     pub rate: u32,
     pub devices: u32,
-    /// Event time of the first record, milliseconds since the epoch.
+    /// No on-time record is older, milliseconds since the epoch.
     pub start_ms: i64,
     pub seed: u64,
 }
@@ -223,7 +223,7 @@ impl Drop for Producer {
     }
 }
 
-type Broker = (MockCluster<'static, rdkafka::producer::DefaultProducerContext>, BaseProducer<Acknowledgements>);
+type Broker = (MockCluster<'static, DefaultProducerContext>, BaseProducer<Acknowledgements>);
 
 fn broker(shared: &Arc<Shared>) -> Result<Broker, KafkaError> {
     let cluster = MockCluster::new(1)?;
@@ -309,7 +309,8 @@ impl Devices {
     /// record late.
     fn next(&mut self, device: u32, index: u64) -> Sent {
         let r = &mut self.random;
-        let stream_ms = self.plan.start_ms + (index as f64 * 1000.0 * SPEED as f64 / f64::from(self.plan.rate)) as i64;
+        let since_ms = (index as f64 * 1000.0 * SPEED as f64 / f64::from(self.plan.rate)) as i64;
+        let stream_ms = self.plan.start_ms + DISORDER_MS as i64 + since_ms;
         let dice = r.below(1000);
         let fate = if dice < 10 { Fate::DeadLetter(BAD[r.below(BAD.len() as u64) as usize]) } else { Fate::Row };
         let late = (10..14).contains(&dice);

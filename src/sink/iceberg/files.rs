@@ -348,9 +348,10 @@ fn bounds_of(array: &ArrayRef) -> Option<ArrayRef> {
     }
 }
 
-/// Encodings by type, measured on telemetry: numbers and timestamps as deltas, doubles as split byte streams, and
-/// dictionaries only for strings, where the writer falls back by itself when there are too many. The table's own
-/// `write.parquet.*` properties decide about compression and sizes.
+/// Encodings by type, measured on telemetry: numbers and timestamps as deltas, dictionaries only for strings, where the
+/// writer falls back by itself when there are too many. Doubles stay plain: BYTE_STREAM_SPLIT is smaller, but Spark's
+/// vectorized Iceberg reader (1.10), which is its default, refuses it. The table's own `write.parquet.*` properties
+/// decide about compression and sizes.
 pub fn writer_properties(
     table: &str,
     properties: &HashMap<String, String>,
@@ -365,7 +366,8 @@ pub fn writer_properties(
         parsed
     };
     let mut builder = WriterProperties::builder()
-        .set_created_by(concat!("floe ", env!("CARGO_PKG_VERSION")).to_string())
+        // Java readers trust the statistics of strings only where they can parse this form.
+        .set_created_by(concat!("floe version ", env!("CARGO_PKG_VERSION")).to_string())
         .set_compression(compression(table, properties))
         .set_dictionary_enabled(false)
         .set_max_row_group_bytes(Some(bytes("row-group-size-bytes").unwrap_or(128 << 20)));
@@ -404,7 +406,6 @@ fn encodings(builder: WriterPropertiesBuilder, path: &mut Vec<String>, field: &F
         DataType::Int32 | DataType::Int64 | DataType::Date32 | DataType::Time64(_) | DataType::Timestamp(_, _) => {
             builder.set_column_encoding(column(), Encoding::DELTA_BINARY_PACKED)
         }
-        DataType::Float32 | DataType::Float64 => builder.set_column_encoding(column(), Encoding::BYTE_STREAM_SPLIT),
         DataType::Utf8 | DataType::LargeUtf8 => builder.set_column_dictionary_enabled(column(), true),
         DataType::Struct(fields) => fields.iter().fold(builder, |b, field| encodings(b, path, field)),
         DataType::List(element) => {

@@ -13,8 +13,8 @@ use arrow::error::ArrowError;
 use iceberg::TableCreation;
 use iceberg::arrow::{arrow_schema_to_schema_auto_assign_ids, schema_to_arrow_schema};
 use iceberg::spec::{
-    FormatVersion, NullOrder, PrimitiveType, Schema, SortDirection, SortField, SortOrder, TableMetadata, Transform,
-    Type, UnboundPartitionField, UnboundPartitionSpec,
+    FormatVersion, NestedFieldRef, NullOrder, PrimitiveType, Schema, SortDirection, SortField, SortOrder, StructType,
+    TableMetadata, Transform, Type, UnboundPartitionField, UnboundPartitionSpec,
 };
 
 use super::TableSpec;
@@ -152,11 +152,28 @@ pub fn check(spec: &TableSpec, metadata: &TableMetadata) -> Result<ArrowSchemaRe
             "table {} does not fit the pipeline: {}. Change the table or the pipeline, or write to a new table.\n  the pipeline has: {}\n  the table has:    {}",
             spec.name,
             problems.join("; "),
-            iceberg_schema(spec)?.as_struct(),
-            metadata.current_schema().as_struct(),
+            describe(iceberg_schema(spec)?.as_struct()),
+            describe(metadata.current_schema().as_struct()),
         )));
     }
     Ok(Arc::new(found))
+}
+
+/// `a long, b required struct<c string>`.
+fn describe(columns: &StructType) -> String {
+    fn kind(of: &Type) -> String {
+        match of {
+            Type::Primitive(primitive) => primitive.to_string(),
+            Type::Struct(columns) => format!("struct<{}>", describe(columns)),
+            Type::List(list) => format!("list<{}>", kind(&list.element_field.field_type)),
+            Type::Map(map) => {
+                format!("map<{}, {}>", kind(&map.key_field.field_type), kind(&map.value_field.field_type))
+            }
+        }
+    }
+    let column =
+        |f: &NestedFieldRef| format!("{} {}{}", f.name, if f.required { "required " } else { "" }, kind(&f.field_type));
+    columns.fields().iter().map(column).collect::<Vec<_>>().join(", ")
 }
 
 /// Whether the table is partitioned as the spec says. It need not be: the table's own partitioning is what is used.

@@ -60,7 +60,7 @@ impl SqliteCatalog {
         let path = path.to_path_buf();
         blocking(move || {
             if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-                std::fs::create_dir_all(folder).map_err(|e| {
+                crate::storage::create_folders(folder).map_err(|e| {
                     Error::transient(format!("catalog {}: cannot create its folder: {e}", path.display()))
                 })?;
             }

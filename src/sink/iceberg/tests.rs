@@ -300,6 +300,38 @@ async fn files_roll_at_the_target_size_and_empty_writers_leave_none() {
     assert_eq!(fixture.data_files("t.events").len(), files.len());
 }
 
+/// Larger than what goes out in one request: the file is uploaded in parts, row group by row group.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_files_go_out_in_parts() {
+    let fixture = Fixture::new();
+    let schema = Arc::new(Schema::new(vec![Field::new("payload", DataType::Binary, true)]));
+    let mut large = TableSpec { schema: schema.clone(), ..spec("t.payloads", &[]) };
+    large.properties.insert("write.parquet.compression-codec".into(), "uncompressed".into());
+    large.properties.insert("write.parquet.row-group-size-bytes".into(), (3 << 20).to_string());
+    let sink = fixture.open(&[large]).await.unwrap();
+    let rows = (0..25u8)
+        .map(|i| {
+            let column: ArrayRef = Arc::new(BinaryArray::from_iter_values([vec![i; 1 << 20]]));
+            RecordBatch::try_new(schema.clone(), vec![column]).unwrap()
+        })
+        .collect();
+    let files = write(&sink, 0, 1, rows).await;
+    let on_disk = fixture.data_files("t.payloads");
+    assert_eq!((files.len(), on_disk.len()), (1, 1));
+    assert_eq!(std::fs::metadata(&on_disk[0]).unwrap().len(), files[0].file_size_in_bytes());
+    assert!(files[0].split_offsets().unwrap().len() > 5);
+    let reader =
+        parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(std::fs::File::open(&on_disk[0]).unwrap(), 1);
+    let first_bytes: Vec<u8> = reader
+        .unwrap()
+        .map(|batch| {
+            let column = batch.unwrap().column(0).clone();
+            arrow::array::AsArray::as_binary::<i64>(&column).value(0)[0]
+        })
+        .collect();
+    assert_eq!(first_bytes, (0..25).collect::<Vec<u8>>());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn existing_tables_are_checked() {
     let fixture = Fixture::new();
@@ -318,7 +350,7 @@ async fn existing_tables_are_checked() {
         let error = fixture.open(&[name(schema)]).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Fatal);
         assert!(error.to_string().contains(complaint), "{error}");
-        assert!(error.to_string().contains("the table has:"), "{error}");
+        assert!(error.to_string().contains("the table has:    a long, b string"), "{error}");
     }
     for wrong in ["event_timestamp", "day(device_id)", "day(nope)", "bucket(0, device_id)", "week(event_timestamp)"] {
         let error = fixture.open(&[spec("t.other", &[wrong])]).await.unwrap_err();
@@ -348,6 +380,30 @@ async fn nested_columns_are_written() {
     let files = write(&sink, 0, 1, vec![rows]).await;
     assert_eq!(files[0].value_counts().len(), 3, "statistics of every leaf: {:?}", files[0].value_counts());
     sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn catalogs_of_older_programs_and_other_files_are_told_apart() {
+    let fixture = Fixture::new();
+    std::fs::create_dir(fixture.dir.path().join("db")).unwrap();
+    let path = fixture.dir.path().join("db/catalog.db");
+    rusqlite::Connection::open(&path)
+        .unwrap()
+        .execute_batch(
+            "CREATE TABLE iceberg_tables (catalog_name TEXT, table_namespace TEXT, table_name TEXT, metadata_location TEXT,
+             previous_metadata_location TEXT, PRIMARY KEY (catalog_name, table_namespace, table_name))",
+        )
+        .unwrap();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    sink.commit(&batch_commit(&sink, 1, vec![vec![]]).await).await.unwrap();
+    assert_eq!(sink.load().await.unwrap()[0].marker.as_ref().unwrap().batch, 1);
+
+    let other = Fixture::new();
+    std::fs::create_dir(other.dir.path().join("db")).unwrap();
+    std::fs::write(other.dir.path().join("db/catalog.db"), "not a database, but long enough to look at ".repeat(50))
+        .unwrap();
+    let error = other.open(&[spec("t.events", &[])]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -431,14 +487,15 @@ async fn any_partition_value_makes_a_file() {
     assert_eq!(total(&*metadata(&sink, 0).await, "total-records"), "128");
 }
 
-/// Leaves tables for other readers to judge: `FLOE_INTEROP_DIR=… cargo test interop -- --ignored`.
+/// Leaves tables for other readers to judge: `FLOE_INTEROP_DIR=… cargo test interop -- --ignored`; with
+/// `FLOE_INTEROP_WAREHOUSE=s3://…` in a bucket.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "writes to the folder that FLOE_INTEROP_DIR names"]
 async fn interop_tables() {
     let dir = std::path::PathBuf::from(std::env::var("FLOE_INTEROP_DIR").unwrap());
     let catalog = CatalogConfig::Sqlite {
         path: dir.join("catalog.db"),
-        warehouse: dir.join("warehouse").to_str().unwrap().into(),
+        warehouse: std::env::var("FLOE_INTEROP_WAREHOUSE").unwrap_or(dir.join("warehouse").to_str().unwrap().into()),
     };
     let specs = [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id"])];
     let sink = IcebergSink::open(&catalog, Uuid::new_v4(), "interop", &specs).await.unwrap();

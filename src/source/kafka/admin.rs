@@ -47,10 +47,14 @@ pub struct Listed {
 pub fn describe_topics(client: &Client, names: &[String], timeout: Duration) -> Result<Vec<Topic>, Failure> {
     let names: Vec<CString> = names.iter().filter_map(|name| CString::new(name.as_str()).ok()).collect();
     let mut pointers: Vec<_> = names.iter().map(|name| name.as_ptr()).collect();
+    let broker = any_broker(client, timeout)?;
     let op = sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBETOPICS;
     let call = Call::start(client, op, None, timeout, |client, options, queue| {
         // SAFETY: client, options and queue are alive; the names are copied.
         unsafe {
+            // Any broker knows the topics; by default librdkafka waits for the controller, which may be the one that is
+            // away, and which its own mock cluster does not have.
+            sys::rd_kafka_AdminOptions_set_broker(options, broker, ptr::null_mut(), 0);
             let topics = sys::rd_kafka_TopicCollection_of_topic_names(pointers.as_mut_ptr(), pointers.len());
             sys::rd_kafka_DescribeTopics(client, topics, options, queue);
             sys::rd_kafka_TopicCollection_destroy(topics);
@@ -63,6 +67,37 @@ pub fn describe_topics(client: &Client, names: &[String], timeout: Duration) -> 
         let mut count = 0;
         let topics = sys::rd_kafka_DescribeTopics_result_topics(result, &mut count);
         Ok((0..count).map(|i| topic(*topics.add(i))).collect())
+    }
+}
+
+/// The id of a broker that answers now. Waits for one in slices, so that refused credentials are heard of at once.
+fn any_broker(client: &Client, timeout: Duration) -> Result<i32, Failure> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        client.serve();
+        if let Some(reason) = client.health.refused() {
+            return Err(Failure::Refused(reason));
+        }
+        let mut metadata = ptr::null();
+        // SAFETY: the client is alive; no topic is named and the answer is freed below.
+        let code = unsafe { sys::rd_kafka_metadata(client.ptr, 0, ptr::null_mut(), &mut metadata, 500) };
+        if !metadata.is_null() {
+            // SAFETY: the answer is alive, with as many brokers as it says.
+            let broker = unsafe {
+                let answer = &*metadata;
+                let first = (answer.broker_cnt > 0).then(|| (*answer.brokers).id);
+                let broker = if answer.orig_broker_id >= 0 { Some(answer.orig_broker_id) } else { first };
+                sys::rd_kafka_metadata_destroy(metadata);
+                broker
+            };
+            if let Some(broker) = broker {
+                return Ok(broker);
+            }
+        }
+        if Instant::now() > deadline {
+            let reason = client.health.last_reason().unwrap_or_else(|| Code::from(code).to_string());
+            return Err(Failure::Failed(reason));
+        }
     }
 }
 

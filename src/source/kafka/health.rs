@@ -1,19 +1,24 @@
-//! What librdkafka says by itself, as log lines: its own log, and errors of the connection.
+//! What librdkafka says by itself, as log lines: its own log, and errors of its connections.
 //!
-//! Owns: saying once per episode, not once per attempt, that brokers are away and that they are back; remembering the
-//! last reason, for errors that only say "timed out"; remembering that credentials were refused, which waiting cannot
-//! help. Does not own: errors of a partition, which come in the order of its records.
+//! Owns: saying once per episode, not once per attempt, that a broker or all of them are away and that they are back;
+//! remembering the last reason, for errors that only say "timed out"; remembering that credentials were refused, which
+//! waiting cannot help. Does not own: errors of a partition, which come in the order of its records.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rdkafka::types::RDKafkaErrorCode as Code;
+
+/// A broker that has not failed for so long was back in between. librdkafka repeats an error every half minute.
+const EPISODE: Duration = Duration::from_secs(90);
 
 /// Shared by the clients of one source: to the user they are one connection.
 #[derive(Debug, Default)]
 pub struct Health {
-    down: AtomicBool,
+    /// No broker at all is reachable.
+    all_down: AtomicBool,
     state: Mutex<State>,
     /// Offset commits on their way to the group coordinator.
     pub commits: AtomicI64,
@@ -21,43 +26,58 @@ pub struct Health {
 
 #[derive(Debug, Default)]
 struct State {
-    down_since: Option<Instant>,
-    last_reason: Option<String>,
+    all_down_since: Option<Instant>,
+    /// When each broker last failed.
+    failed: BTreeMap<String, Instant>,
+    last: Option<(Instant, String)>,
     refused: Option<String>,
 }
 
 impl Health {
     /// Some broker answered.
     pub fn ok(&self) {
-        if self.down.swap(false, Ordering::Relaxed) {
+        if self.all_down.load(Ordering::Relaxed) && self.all_down.swap(false, Ordering::Relaxed) {
             let mut state = self.state();
-            let away_ms = state.down_since.take().map_or(0, |since| since.elapsed().as_millis() as u64);
-            state.last_reason = None;
+            let away_ms = state.all_down_since.take().map_or(0, |since| since.elapsed().as_millis() as u64);
+            state.failed.clear();
+            state.last = None;
             tracing::info!(away_ms, "kafka brokers are reachable again");
         }
     }
 
     pub fn error(&self, code: i32, reason: &str) {
         let mut state = self.state();
+        let now = Instant::now();
+        if code == Code::AllBrokersDown as i32 {
+            if state.all_down_since.is_none() {
+                state.all_down_since = Some(now);
+                self.all_down.store(true, Ordering::Relaxed);
+                tracing::warn!(reason, "no kafka broker is reachable, librdkafka keeps trying");
+            }
+            // A summary, which says less than what came before it.
+            if state.last.is_some() {
+                return;
+            }
+        } else {
+            // "sasl_ssl://host:port/id: reason"
+            let broker = reason.split(": ").next().unwrap_or_default().to_string();
+            let again = state.failed.insert(broker, now).is_some_and(|last| last.elapsed() < EPISODE);
+            if again {
+                tracing::debug!(reason, "connection to a kafka broker failed again");
+            } else {
+                tracing::warn!(reason, "connection to a kafka broker failed, librdkafka keeps trying");
+            }
+        }
         if refuses_credentials(code) {
             state.refused = Some(reason.to_string());
         }
-        // That all are down is a summary, which says less than what came before it.
-        if code != Code::AllBrokersDown as i32 || state.last_reason.is_none() {
-            state.last_reason = Some(reason.to_string());
-        }
-        if state.down_since.is_none() {
-            state.down_since = Some(Instant::now());
-            self.down.store(true, Ordering::Relaxed);
-            tracing::warn!(reason, "connection to a kafka broker failed, librdkafka keeps trying");
-        } else {
-            tracing::debug!(reason, "connection to a kafka broker failed");
-        }
+        state.last = Some((now, reason.to_string()));
     }
 
-    /// Why the last connection failed, if none has worked since.
+    /// Why a connection failed lately.
     pub fn last_reason(&self) -> Option<String> {
-        self.state().last_reason.clone()
+        let state = self.state();
+        state.last.as_ref().filter(|(when, _)| when.elapsed() < EPISODE).map(|(_, reason)| reason.clone())
     }
 
     /// The brokers' words when they refused the credentials.
@@ -103,12 +123,23 @@ mod tests {
     fn an_episode_ends_with_an_answer() {
         let health = Health::default();
         assert_eq!(health.last_reason(), None);
+        health.error(Code::BrokerTransportFailure as i32, "localhost:9092/1: connection refused");
         health.error(Code::AllBrokersDown as i32, "1/1 brokers are down");
-        health.error(Code::BrokerTransportFailure as i32, "connection refused");
-        assert_eq!(health.last_reason().as_deref(), Some("connection refused"));
+        assert_eq!(health.last_reason().as_deref(), Some("localhost:9092/1: connection refused"));
         assert_eq!(health.refused(), None);
         health.ok();
         assert_eq!(health.last_reason(), None);
+    }
+
+    #[test]
+    fn one_broker_of_several_is_no_outage() {
+        let health = Health::default();
+        health.error(Code::BrokerTransportFailure as i32, "a:9092/1: connection refused");
+        health.ok();
+        assert_eq!(health.state().failed.len(), 1, "said once, whatever others answer");
+        health.error(Code::AllBrokersDown as i32, "2/2 brokers are down");
+        health.ok();
+        assert_eq!(health.state().failed.len(), 0);
     }
 
     #[test]

@@ -97,11 +97,12 @@ pub struct KafkaSource {
 impl KafkaSource {
     /// Checks the settings and connects in the background; brokers that are away show in [`Source::available`].
     pub fn new(config: &SourceConfig, names: QueryNames, chunks: ChunkSettings) -> Result<KafkaSource, Error> {
-        let settings = settings::planner(config, &names)?;
+        let settings = settings::planner(config, &names);
         let planner = Client::new(&settings, Arc::new(Health::default()))
             .map_err(|reason| Error::Fatal { message: format!("source.kafka: librdkafka refuses {reason}") })?;
+        let topics: BTreeSet<String> = config.topics.iter().cloned().collect();
         Ok(KafkaSource {
-            topics: config.topics.clone(),
+            topics: topics.into_iter().collect(),
             brokers: config.bootstrap_servers.clone(),
             chunks,
             committed_only: settings::reads_committed(&settings),

@@ -17,6 +17,7 @@ use rdkafka::{ClientConfig, TopicPartitionList};
 use rdkafka_sys as sys;
 
 use super::health::{self, Health};
+use crate::source::Headers;
 
 /// Records taken from a queue at once.
 const BATCH: usize = 1024;
@@ -180,7 +181,7 @@ impl<'a> RecordView<'a> {
 
     /// Nothing for a record without headers.
     #[inline]
-    pub fn headers(&self) -> Option<Vec<(String, Option<Vec<u8>>)>> {
+    pub fn headers(&self) -> Option<Headers> {
         let mut headers = ptr::null_mut();
         // SAFETY: the message is alive and keeps the headers.
         let err = unsafe { sys::rd_kafka_message_headers(self.0, &mut headers) };
@@ -191,15 +192,14 @@ impl<'a> RecordView<'a> {
         loop {
             let (mut name, mut value, mut size) = (ptr::null(), ptr::null(), 0);
             // SAFETY: the headers are alive; name and value are set on success.
-            let (err, name, value) = unsafe {
+            let header = unsafe {
                 let err = sys::rd_kafka_header_get_all(headers, all.len(), &mut name, &mut value, &mut size);
                 if err != sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR {
                     return Some(all);
                 }
-                (err, text(name), bytes(value, size).map(<[u8]>::to_vec))
+                (text(name), bytes(value, size).map(<[u8]>::to_vec))
             };
-            debug_assert_eq!(err, sys::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR);
-            all.push((name, value));
+            all.push(header);
         }
     }
 }

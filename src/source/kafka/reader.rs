@@ -28,6 +28,9 @@ use crate::source::{Chunk, Error, Record};
 /// How often librdkafka's callbacks are served and positions looked at.
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
+/// After so long without a record librdkafka, which waits for deleted topics to come back, is asked whether they exist.
+const STARVED: Duration = Duration::from_secs(3);
+const EXISTS_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub struct Read {
     pub ranges: Ranges,
@@ -159,6 +162,7 @@ impl Reader {
         let chunks = self.chunks.for_lanes(lanes.len());
         let mut ready = Vec::new();
         let mut housekeeping = Instant::now();
+        let mut starved = Instant::now();
         loop {
             let mut progress = false;
             for lane in &mut lanes {
@@ -174,6 +178,7 @@ impl Reader {
             lanes.retain(|lane| !lane.done);
             if progress {
                 self.health.ok();
+                starved = Instant::now();
             }
             if lanes.is_empty() {
                 return Ok(());
@@ -189,6 +194,10 @@ impl Reader {
                 }
                 if !progress {
                     self.pass_holes(&lanes);
+                    if starved.elapsed() >= STARVED {
+                        self.check_existence(&lanes)?;
+                        starved = Instant::now();
+                    }
                 }
             }
             if !progress {
@@ -292,12 +301,7 @@ impl Reader {
             }
             Code::UnknownPartition | Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownTopicId => {
                 match exists(&assigned.client, &partition) {
-                    Some(false) => Err(Error::Fatal {
-                        message: format!(
-                            "{partition} no longer exists on {}: the topic was deleted, or re-created smaller",
-                            self.brokers
-                        ),
-                    }),
+                    Some(false) => Err(gone(&partition, &self.brokers)),
                     // A partition just added, which the client has not heard of yet.
                     Some(true) if code == Code::UnknownPartition => {
                         tracing::debug!(%partition, reason, "waiting for metadata of a new partition");
@@ -311,6 +315,22 @@ impl Reader {
             // A damaged record among them: librdkafka would go on behind it, we must not.
             _ => Err(transient),
         }
+    }
+
+    fn check_existence(&self, lanes: &[Lane]) -> Result<(), Error> {
+        let Some(assigned) = &self.assigned else { return Ok(()) };
+        let mut partitions: Vec<_> = lanes.iter().map(|lane| &assigned.slots[lane.slot].partition).collect();
+        partitions.dedup_by_key(|p| p.topic.clone());
+        for partition in partitions {
+            // Twice: a broker that has just started may not have heard of it yet.
+            if exists(&assigned.client, partition) == Some(false) {
+                std::thread::sleep(2 * HOUSEKEEPING);
+                if exists(&assigned.client, partition) == Some(false) {
+                    return Err(gone(partition, &self.brokers));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Lets go of the client without waiting for it.
@@ -437,8 +457,14 @@ fn available(client: &Client, partition: &TopicPartition, committed_only: bool) 
     known.then_some(OffsetRange { start: earliest.offset, end: latest.offset })
 }
 
+fn gone(partition: &TopicPartition, brokers: &str) -> Error {
+    Error::Fatal {
+        message: format!("{partition} no longer exists on {brokers}: the topic was deleted, or re-created smaller"),
+    }
+}
+
 fn exists(client: &Client, partition: &TopicPartition) -> Option<bool> {
-    let topics = admin::describe_topics(client, &[partition.topic.to_string()], QUESTION_TIMEOUT).ok()?;
+    let topics = admin::describe_topics(client, &[partition.topic.to_string()], EXISTS_TIMEOUT).ok()?;
     let topic = topics.first()?;
     match topic.error {
         Code::NoError => Some(topic.partitions.contains(&partition.partition)),

@@ -1,27 +1,13 @@
-//! librdkafka's settings: ours, the user's, and which of the user's would break the protocol.
+//! librdkafka's settings: defaults, then the user's, then those that the protocol needs. A user who sets one of the last
+//! is told so when the configuration is loaded ([`crate::config::OWNED_PROPERTIES`]).
 
 use rdkafka::ClientConfig;
 
 use super::{ChunkSettings, QueryNames};
 use crate::config::SourceConfig;
-use crate::source::Error;
-
-/// Properties that are Floe's to set, with the reason a user is told.
-const OURS: [(&str, &str); 7] = [
-    ("bootstrap.servers", "set source.bootstrap_servers instead"),
-    ("metadata.broker.list", "set source.bootstrap_servers instead"),
-    ("enable.auto.commit", "Floe's checkpoint says how far it is, and commits to the group only what the tables hold"),
-    ("enable.auto.offset.store", "Floe's checkpoint says how far it is"),
-    (
-        "auto.offset.reset",
-        "it would step over lost records silently; set source.starting_offsets or source.fail_on_data_loss",
-    ),
-    ("enable.partition.eof", "Floe needs it to find the end of a batch"),
-    ("auto.commit.interval.ms", "Floe never commits by time"),
-];
 
 /// For the client that plans and reports.
-pub fn planner(config: &SourceConfig, names: &QueryNames) -> Result<ClientConfig, Error> {
+pub fn planner(config: &SourceConfig, names: &QueryNames) -> ClientConfig {
     let mut client = ClientConfig::new();
     client
         .set("client.id", &names.client_id)
@@ -35,9 +21,6 @@ pub fn planner(config: &SourceConfig, names: &QueryNames) -> Result<ClientConfig
         // Never subscribed, never in a group: nothing to be expelled from while tables are being written.
         .set("max.poll.interval.ms", "86400000");
     for (key, value) in &config.kafka {
-        if let Some((_, why)) = OURS.iter().find(|(ours, _)| ours == key) {
-            return Err(Error::Fatal { message: format!("source.kafka: \"{key}\" cannot be set: {why}") });
-        }
         client.set(key, value);
     }
     client
@@ -46,19 +29,21 @@ pub fn planner(config: &SourceConfig, names: &QueryNames) -> Result<ClientConfig
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true");
-    Ok(client)
+    client
 }
+
+/// What librdkafka needs for a queued record beside its bytes, and does not count.
+const RECORD_OVERHEAD: u64 = 384;
 
 /// For the client that reads `partitions` partitions: half of the budget is librdkafka's queues, which it counts by
 /// partition; the other half is for chunks.
 pub fn reader(planner: &ClientConfig, chunks: &ChunkSettings, partitions: usize) -> ClientConfig {
     let mut client = planner.clone();
-    if planner.get("queued.max.messages.kbytes").is_none() {
-        let kbytes = (chunks.buffer_bytes / 2 / 1024 / partitions.max(1) as u64).clamp(64, 65_536);
-        client.set("queued.max.messages.kbytes", kbytes.to_string());
-        if planner.get("queued.min.messages").is_none() {
-            client.set("queued.min.messages", "1000000");
-        }
+    let kbytes = (chunks.buffer_bytes / 2 / 1024 / partitions.max(1) as u64).clamp(64, 65_536);
+    client.set("queued.max.messages.kbytes", kbytes.to_string());
+    if planner.get("queued.min.messages").is_none() {
+        let messages = (kbytes * 1024 / RECORD_OVERHEAD).max(1000);
+        client.set("queued.min.messages", messages.to_string());
     }
     client
 }
@@ -90,26 +75,24 @@ mod tests {
     }
 
     #[test]
-    fn what_would_break_the_protocol_is_refused_with_a_reason() {
-        for (key, _) in OURS {
-            let error = planner(&config(&[(key, "true")]), &QueryNames::of("p")).unwrap_err();
-            assert!(matches!(&error, Error::Fatal { message } if message.contains(key)), "{error}");
-        }
+    fn what_the_protocol_needs_wins_over_the_user() {
+        let client = planner(&config(&[("auto.offset.reset", "latest")]), &QueryNames::of("p"));
+        assert_eq!(client.get("auto.offset.reset"), Some("error"));
     }
 
     #[test]
     fn the_user_wins_over_our_defaults() {
         let user = config(&[("client.id", "mine"), ("group.id", "g"), ("isolation.level", "read_uncommitted")]);
-        let client = planner(&user, &QueryNames::of("p")).unwrap();
+        let client = planner(&user, &QueryNames::of("p"));
         assert_eq!(client.get("client.id"), Some("mine"));
         assert_eq!(client.get("group.id"), Some("g"));
         assert!(!reads_committed(&client));
-        assert!(reads_committed(&planner(&config(&[]), &QueryNames::of("p")).unwrap()));
+        assert!(reads_committed(&planner(&config(&[]), &QueryNames::of("p"))));
     }
 
     #[test]
     fn the_buffer_is_shared_out_over_partitions() {
-        let client = planner(&config(&[]), &QueryNames::of("p")).unwrap();
+        let client = planner(&config(&[]), &QueryNames::of("p"));
         let chunks = ChunkSettings { buffer_bytes: 64 << 20, ..ChunkSettings::default() };
         assert_eq!(reader(&client, &chunks, 8).get("queued.max.messages.kbytes"), Some("4096"));
         assert_eq!(reader(&client, &chunks, 100_000).get("queued.max.messages.kbytes"), Some("64"));
