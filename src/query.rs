@@ -424,7 +424,9 @@ impl Session {
         let enough = available_now
             || batch::should_run(backlog, source.min_offsets_per_trigger, waited, source.max_trigger_delay);
         let has_data = backlog > 0 && enough || !gaps.is_empty();
-        if !has_data && !no_data {
+        // The first batch runs even without data: it is what remembers where the query starts, for `latest` and timestamps.
+        let first = self.last.is_none();
+        if !has_data && !no_data && !first {
             return Ok(if available_now { Planned::Done } else { Planned::Nothing });
         }
         let limits = Limits {
