@@ -29,7 +29,7 @@ use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
 use crate::decode::{Decoder, Rejection};
 use crate::error::Error;
-use crate::query::Pipeline;
+use crate::pipeline::Pipeline;
 use crate::sink::iceberg::{IcebergSink, TableWriter};
 use crate::source::{Chunk, Chunks};
 use crate::state::{ClosedWindow, Lane, StateStore};

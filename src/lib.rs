@@ -3,6 +3,7 @@
 //! The modules in reading order, which is also the order in which the data flows:
 //!
 //! - [`query`]: one streaming query: recover, plan, run a batch. Start here. [`execute`] is the step with all the work in it.
+//! - [`pipeline`]: the configuration, compiled.
 //! - [`checkpoint`]: the protocol: ownership, offset log, commit log.
 //! - [`batch`], [`trigger`]: what a micro-batch is and when the next one runs.
 //! - [`source`]: records out of Kafka, exactly the planned ranges.
@@ -23,6 +24,7 @@ pub mod decode;
 pub mod error;
 pub mod execute;
 pub mod failpoint;
+pub mod pipeline;
 pub mod query;
 pub mod retry;
 pub mod schema;

@@ -6,123 +6,41 @@
 //! Invariant: every failure that is not fatal takes the same road as a restart. What is in memory is dropped, the query
 //! backs off and recovers from the checkpoint.
 
+mod progress;
+mod recover;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use arrow::datatypes::SchemaRef;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::batch::{self, Gap, Limits, MicroBatch, OffsetRange, Offsets, TopicPartition, Watermarks};
-use crate::checkpoint::{self, Checkpoint, CommitEntry, LoggedPlan, StateFile, StateKind};
+use crate::batch::{self, Gap, Limits, MicroBatch, Offsets, Watermarks};
+use crate::checkpoint::{Checkpoint, CommitEntry, LoggedPlan, StateFile, StateKind};
 use crate::clock::{self, ClockMs};
 use crate::config::{Config, StartingOffsets};
-use crate::dead_letter;
 use crate::error::{Error, Kind};
 use crate::execute::{self, Executed};
 use crate::failpoint;
+use crate::pipeline::Pipeline;
 use crate::retry::with_deadline;
-use crate::schema::Schema;
-use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableInfo, TableSpec};
-use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
+use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker};
+use crate::source::kafka::KafkaSource;
 use crate::source::{self, Available, Source};
-use crate::state::{StateStore, WindowQuery};
-use crate::telemetry::{
-    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
-    Telemetry,
-};
-use crate::transform::Transform;
+use crate::state::StateStore;
+use crate::telemetry::{self, BatchProgress, Telemetry};
 use crate::trigger::Trigger;
 use crate::window;
+
+use self::progress::lag;
+use self::recover::check_topics;
 
 /// Logs older than this many batches are removed.
 const RETAINED_BATCHES: u64 = 100;
 /// When so many deltas make up the state, the next batch writes all of it as one run instead.
 const MAX_DELTAS: usize = 64;
-
-/// The configuration, compiled: what a batch is executed with.
-pub struct Pipeline {
-    pub schema: Arc<Schema>,
-    pub transform: Option<Transform>,
-    pub queries: Arc<[WindowQuery]>,
-    /// Index of the event time among the columns that reach the windows.
-    pub event_time: usize,
-    /// Index of the event time among the decoded columns, and how far ahead of the trigger time it may be.
-    pub future_guard: Option<(usize, Duration)>,
-    /// Every table of the pipeline; the indices below point into it.
-    pub tables: Vec<TableSpec>,
-    pub rows: Option<usize>,
-    pub rows_schema: SchemaRef,
-    pub provenance: bool,
-    /// By window query.
-    pub windows: Vec<usize>,
-    pub dead_letters: usize,
-    pub workers: usize,
-}
-
-impl Pipeline {
-    /// Compiles what the configuration says; every problem is reported.
-    pub fn compile(config: &Config) -> Result<Pipeline, Vec<String>> {
-        let mut errors = Vec::new();
-        let decoded = config.schema.arrow.clone();
-        let transform = (config.transform.filter.is_some() || !config.transform.columns.is_empty())
-            .then(|| Transform::compile(&config.transform, &decoded))
-            .transpose()
-            .unwrap_or_else(|e| {
-                errors.extend(e);
-                None
-            });
-        let columns = transform.as_ref().map_or_else(|| decoded.clone(), |t| t.output_schema());
-        let event_time_name = config.event_time.as_ref().map_or("", |e| e.column.as_str());
-
-        let mut tables = Vec::new();
-        let mut add = |table: &crate::config::TableConfig, schema: SchemaRef| {
-            tables.push(TableSpec {
-                name: table.table.clone(),
-                schema,
-                partition_by: table.partition_by.clone(),
-                sort_by: table.sort_by.clone(),
-                properties: table.properties.clone(),
-            });
-            tables.len() - 1
-        };
-        let provenance = config.rows.as_ref().is_some_and(|r| r.provenance);
-        let rows_schema = execute::rows_schema(&columns, provenance);
-        let rows = config.rows.as_ref().map(|t| add(t, rows_schema.clone()));
-        let mut queries = Vec::new();
-        let mut windows = Vec::new();
-        for window in &config.windows {
-            match WindowQuery::compile(window, &columns, event_time_name) {
-                Ok(query) => {
-                    windows.push(add(&window.table, query.output_schema()));
-                    queries.push(query);
-                }
-                Err(e) => errors.extend(e),
-            }
-        }
-        let dead_letters = add(&config.dead_letters, dead_letter::arrow_schema());
-        if !errors.is_empty() {
-            return Err(errors);
-        }
-        let max_future = config.event_time.as_ref().and_then(|e| e.max_future);
-        Ok(Pipeline {
-            event_time: columns.index_of(event_time_name).unwrap_or_default(),
-            future_guard: max_future.and_then(|m| Some((decoded.index_of(event_time_name).ok()?, m))),
-            schema: config.schema.clone(),
-            transform,
-            queries: queries.into(),
-            tables,
-            rows,
-            rows_schema,
-            provenance,
-            windows,
-            dead_letters,
-            workers: config.execution.workers,
-        })
-    }
-}
 
 /// Runs the query until it is done (`available_now`), told to stop, or fails for good.
 pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> Result<(), Error> {
@@ -296,91 +214,6 @@ struct Last {
 }
 
 impl Session {
-    async fn recover(query: &mut StreamingQuery) -> Result<Session, Error> {
-        let config = query.config.clone();
-        let checkpoint = match &query.checkpoint {
-            Some(checkpoint) => checkpoint.clone(),
-            None => {
-                let location = crate::storage::open(&config.checkpoint_location)?;
-                let mut checkpoint = Checkpoint::open(location, &config.name).await?;
-                let epoch = checkpoint.claim().await?;
-                tracing::info!(query_id = %checkpoint.query_id(), epoch, checkpoint = checkpoint.url(), "checkpoint claimed");
-                query.telemetry.query_id(checkpoint.query_id());
-                query.checkpoint.insert(Arc::new(checkpoint)).clone()
-            }
-        };
-        checkpoint.check_owner().await?;
-        let recovered = checkpoint.recover().await?;
-        let pipeline = query.pipeline.clone();
-        let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
-        let tables = sink.load().await?;
-        check_tables(&config, &checkpoint, &recovered, &tables)?;
-
-        let mut pending = None;
-        let mut last = None;
-        let mut evict_ms = 0;
-        if let Some(plan) = recovered.plan {
-            match &recovered.commit {
-                Some(commit) if commit.batch == plan.plan.batch => {
-                    evict_ms = plan.plan.watermarks.evict_ms;
-                    last = Some(Last { plan: plan.plan, watermark_next_ms: commit.watermark_next_ms });
-                }
-                _ => {
-                    if plan.plan.config_fingerprint != config.fingerprint {
-                        return Err(Error::ConfigChanged { batch: plan.plan.batch });
-                    }
-                    // The state is that of the batch before, in which windows closed by its own watermark.
-                    evict_ms = plan.plan.watermarks.late_ms;
-                    pending = Some(plan);
-                }
-            }
-        }
-        let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
-        let mut state = StateStore::new(pipeline.queries.clone());
-        for file in &state_files {
-            let bytes = checkpoint.read_state(file).await?;
-            let name = format!("{}/{}", checkpoint.url(), file.name);
-            state = blocking(move || {
-                state.apply(&bytes, evict_ms).map_err(|error| Error::StateFile { file: name, error })?;
-                Ok(state)
-            })
-            .await?;
-        }
-        let bytes_per_record = recovered
-            .commit
-            .as_ref()
-            .filter(|c| c.counts.records > 0)
-            .map(|c| c.counts.bytes as f64 / c.counts.records as f64);
-        let name = config.name.clone();
-        let source = blocking(move || {
-            Ok(KafkaSource::new(
-                &config.source,
-                QueryNames::of(&name),
-                ChunkSettings::with_buffer(config.execution.buffer_bytes),
-            )?)
-        })
-        .await?;
-        tracing::info!(
-            batch = last.as_ref().map(|l| l.plan.batch),
-            pending = pending.as_ref().map(|p| p.plan.batch),
-            state_files = state_files.len(),
-            "recovered"
-        );
-        Ok(Session {
-            checkpoint,
-            sink,
-            tables: tables.into_iter().map(|table| (table.name, table.uuid)).collect(),
-            source: Arc::new(Mutex::new(source)),
-            state: Some(state),
-            state_files,
-            last,
-            pending,
-            bytes_per_record,
-            latest: Offsets::new(),
-            checkpoint_bytes: 0,
-        })
-    }
-
     /// Steps 1 and 2: what the next batch reads, logged before a byte is read.
     async fn plan(&mut self, query: &mut StreamingQuery, waited: Duration) -> Result<Planned, Error> {
         self.checkpoint.check_owner().await?;
@@ -618,36 +451,6 @@ impl Session {
         .await
     }
 
-    /// What of a plan logged earlier can still be read: the plan itself, unless records expired since.
-    async fn still_readable(&self, plan: &MicroBatch, config: &Config) -> Result<MicroBatch, Error> {
-        let available = self.available().await?;
-        check_topics(plan, &available)?;
-        let starts: Offsets = plan.ranges.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
-        let gaps: Vec<Gap> = batch::data_loss(&starts, &available.partitions)
-            .into_iter()
-            .filter_map(|mut gap| {
-                let range = plan.ranges.get(&TopicPartition::new(gap.topic.clone(), gap.partition))?;
-                gap.range.end = gap.range.end.min(range.end);
-                (!range.is_empty()).then_some(gap)
-            })
-            .collect();
-        if gaps.is_empty() {
-            return Ok(plan.clone());
-        }
-        if config.source.fail_on_data_loss {
-            return Err(Error::DataLoss { gaps });
-        }
-        let mut left = plan.clone();
-        for gap in gaps {
-            warn_of_gap(&gap);
-            if let Some(range) = left.ranges.get_mut(&TopicPartition::new(gap.topic.clone(), gap.partition)) {
-                range.start = gap.range.end.max(range.start);
-            }
-            left.gaps.push(gap);
-        }
-        Ok(left)
-    }
-
     async fn tidy(&mut self, plan: &MicroBatch, live: &[StateFile], replay: bool) {
         if failpoint::hit("tidy") {
             return;
@@ -668,86 +471,6 @@ impl Session {
         }
         lock(&self.source).report(&plan.ends());
     }
-
-    /// What the batch did, for people and dashboards.
-    fn progress(
-        &self,
-        query: &StreamingQuery,
-        plan: &MicroBatch,
-        entry: &CommitEntry,
-        written: &[(u64, u64)],
-        state: &StateStore,
-    ) -> BatchProgress {
-        let counts = &entry.counts;
-        let mut sources: Vec<SourceProgress> = Vec::new();
-        for (tp, range) in &plan.ranges {
-            let latest_offset = self.latest.get(tp).copied().unwrap_or(range.end);
-            let partition = PartitionProgress {
-                partition: tp.partition,
-                start_offset: range.start,
-                end_offset: range.end,
-                latest_offset,
-                lag: u64::try_from(latest_offset - range.end).unwrap_or(0),
-            };
-            match sources.last_mut().filter(|s| *s.topic == *tp.topic) {
-                Some(source) => source.partitions.push(partition),
-                None => sources.push(SourceProgress { topic: tp.topic.to_string(), partitions: vec![partition] }),
-            }
-        }
-        let tables = query.pipeline.tables.iter().zip(written).map(|(table, (rows, files))| TableProgress {
-            table: table.name.clone(),
-            rows: *rows,
-            files: *files,
-            snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
-        });
-        let state_operators = state.stats().queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
-            let table = query.pipeline.tables[table].name.clone();
-            StateOperator {
-                num_rows_total: stats.groups,
-                num_windows: stats.open_windows,
-                memory_used_bytes: stats.bytes,
-                num_rows_updated: None,
-                num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
-                table,
-            }
-        });
-        let windowed = !query.pipeline.windows.is_empty();
-        BatchProgress {
-            id: self.checkpoint.query_id().to_string(),
-            run_id: query.run_id.to_string(),
-            name: query.config.name.clone(),
-            batch_id: plan.batch,
-            timestamp: telemetry::rfc3339(plan.trigger_time_ms),
-            num_input_rows: counts.records,
-            event_time: EventTime {
-                watermark_ms: windowed.then_some(plan.watermarks.evict_ms),
-                max_ms: counts.max_event_time_us.map(|us| us.div_euclid(1000)),
-            },
-            state_operators: state_operators.collect(),
-            sources,
-            sink: SinkProgress { tables: tables.collect() },
-            counts: telemetry::Counts {
-                offsets: plan.offsets(),
-                records: counts.records,
-                rows: counts.rows,
-                filtered: counts.filtered,
-                dead_letters: counts.dead_letters.clone(),
-                late: counts.late.clone(),
-                missing_offsets: plan.offsets().saturating_sub(counts.records),
-            },
-            checkpoint_bytes: self.checkpoint_bytes,
-            ..BatchProgress::default()
-        }
-    }
-}
-
-/// How far the committed batches are behind what can be read, by partition.
-fn lag(starts: &Offsets, available: &Available) -> BTreeMap<TopicPartition, u64> {
-    let behind = |(tp, range): (&TopicPartition, &OffsetRange)| {
-        let start = starts.get(tp).copied().unwrap_or(range.start);
-        (tp.clone(), OffsetRange { start, end: range.end }.len())
-    };
-    available.partitions.iter().map(behind).collect()
 }
 
 fn warn_of_gap(gap: &Gap) {
@@ -759,85 +482,6 @@ fn warn_of_gap(gap: &Gap) {
         cause = gap.cause,
         "data loss: offsets are gone; going on without them because fail_on_data_loss = false"
     );
-}
-
-/// A topic that was deleted and created again has other records under the same offsets.
-fn check_topics(plan: &MicroBatch, available: &Available) -> Result<(), Error> {
-    for (topic, then) in &plan.topic_ids {
-        if let Some(now) = available.topic_ids.get(topic)
-            && now != then
-        {
-            return Err(Error::TopicRecreated { topic: topic.clone(), then: then.clone(), now: now.clone() });
-        }
-    }
-    Ok(())
-}
-
-/// Compares every table's marker with the checkpoint before anything is done. Every batch sets the marker of every
-/// table, so the two always agree up to the batch in hand; where they do not, someone restored, deleted or re-created
-/// one of them, and going on would lose rows or double them.
-fn check_tables(
-    config: &Config,
-    checkpoint: &Checkpoint,
-    recovered: &checkpoint::Recovered,
-    tables: &[TableInfo],
-) -> Result<(), Error> {
-    let Some(logged) = &recovered.plan else {
-        for table in tables {
-            let stranger = table.others.iter().find(|(_, marker)| marker.pipeline == config.name);
-            if let Some((query_id, marker)) = stranger {
-                return Err(Error::CheckpointLost {
-                    table: table.name.clone(),
-                    pipeline: config.name.clone(),
-                    query_id: *query_id,
-                    batch: marker.batch,
-                    checkpoint: checkpoint.url().to_string(),
-                });
-            }
-            if let Some(marker) = &table.marker {
-                return Err(older_checkpoint(checkpoint, "no batch", table, marker));
-            }
-        }
-        return Ok(());
-    };
-    let newest = logged.plan.batch;
-    let committed = recovered.commit.as_ref().map(|c| c.batch);
-    for table in tables {
-        let Some(known) = logged.plan.tables.get(&table.name) else { continue };
-        if *known != table.uuid {
-            return Err(Error::TableRecreated {
-                table: table.name.clone(),
-                then: *known,
-                now: table.uuid,
-                batch: newest,
-            });
-        }
-        match &table.marker {
-            Some(marker) if marker.batch > newest || marker.batch == newest && marker.plan != logged.digest => {
-                return Err(older_checkpoint(checkpoint, &format!("batch {newest}"), table, marker));
-            }
-            marker => {
-                let has = marker.as_ref().map(|m| m.batch);
-                if has < committed {
-                    return Err(Error::TableOlder {
-                        table: table.name.clone(),
-                        has,
-                        committed: committed.unwrap_or_default(),
-                    });
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn older_checkpoint(checkpoint: &Checkpoint, newest: &str, table: &TableInfo, marker: &Marker) -> Error {
-    Error::CheckpointOlder {
-        checkpoint: checkpoint.url().to_string(),
-        newest: newest.to_string(),
-        table: table.name.clone(),
-        batch: marker.batch,
-    }
 }
 
 /// What every new snapshot's summary says beyond the marker.

@@ -1,0 +1,94 @@
+//! What a batch did, for people and dashboards.
+
+use std::collections::BTreeMap;
+
+use super::{Session, StreamingQuery};
+use crate::batch::{MicroBatch, OffsetRange, Offsets, TopicPartition};
+use crate::checkpoint::CommitEntry;
+use crate::source::Available;
+use crate::state::StateStore;
+use crate::telemetry::{
+    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
+};
+
+impl Session {
+    /// What the batch did, for people and dashboards.
+    pub(super) fn progress(
+        &self,
+        query: &StreamingQuery,
+        plan: &MicroBatch,
+        entry: &CommitEntry,
+        written: &[(u64, u64)],
+        state: &StateStore,
+    ) -> BatchProgress {
+        let counts = &entry.counts;
+        let mut sources: Vec<SourceProgress> = Vec::new();
+        for (tp, range) in &plan.ranges {
+            let latest_offset = self.latest.get(tp).copied().unwrap_or(range.end);
+            let partition = PartitionProgress {
+                partition: tp.partition,
+                start_offset: range.start,
+                end_offset: range.end,
+                latest_offset,
+                lag: u64::try_from(latest_offset - range.end).unwrap_or(0),
+            };
+            match sources.last_mut().filter(|s| *s.topic == *tp.topic) {
+                Some(source) => source.partitions.push(partition),
+                None => sources.push(SourceProgress { topic: tp.topic.to_string(), partitions: vec![partition] }),
+            }
+        }
+        let tables = query.pipeline.tables.iter().zip(written).map(|(table, (rows, files))| TableProgress {
+            table: table.name.clone(),
+            rows: *rows,
+            files: *files,
+            snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
+        });
+        let state_operators = state.stats().queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
+            let table = query.pipeline.tables[table].name.clone();
+            StateOperator {
+                num_rows_total: stats.groups,
+                num_windows: stats.open_windows,
+                memory_used_bytes: stats.bytes,
+                num_rows_updated: None,
+                num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
+                table,
+            }
+        });
+        let windowed = !query.pipeline.windows.is_empty();
+        BatchProgress {
+            id: self.checkpoint.query_id().to_string(),
+            run_id: query.run_id.to_string(),
+            name: query.config.name.clone(),
+            batch_id: plan.batch,
+            timestamp: telemetry::rfc3339(plan.trigger_time_ms),
+            num_input_rows: counts.records,
+            event_time: EventTime {
+                watermark_ms: windowed.then_some(plan.watermarks.evict_ms),
+                max_ms: counts.max_event_time_us.map(|us| us.div_euclid(1000)),
+            },
+            state_operators: state_operators.collect(),
+            sources,
+            sink: SinkProgress { tables: tables.collect() },
+            counts: telemetry::Counts {
+                offsets: plan.offsets(),
+                records: counts.records,
+                rows: counts.rows,
+                filtered: counts.filtered,
+                dead_letters: counts.dead_letters.clone(),
+                late: counts.late.clone(),
+                missing_offsets: plan.offsets().saturating_sub(counts.records),
+            },
+            checkpoint_bytes: self.checkpoint_bytes,
+            ..BatchProgress::default()
+        }
+    }
+}
+
+/// How far the committed batches are behind what can be read, by partition.
+pub(super) fn lag(starts: &Offsets, available: &Available) -> BTreeMap<TopicPartition, u64> {
+    let behind = |(tp, range): (&TopicPartition, &OffsetRange)| {
+        let start = starts.get(tp).copied().unwrap_or(range.start);
+        (tp.clone(), OffsetRange { start, end: range.end }.len())
+    };
+    available.partitions.iter().map(behind).collect()
+}

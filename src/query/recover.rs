@@ -1,0 +1,212 @@
+//! Where a query stands when it starts, or starts again after a failure, and whether it may go on at all.
+//!
+//! Owns: reading the checkpoint and comparing it with tables and topics. Does not own: claiming and writing it. Invariant:
+//! nothing is planned, read or written before checkpoint, tables and topics have been found to agree.
+
+use std::sync::{Arc, Mutex};
+
+use super::{Last, Session, StreamingQuery, blocking, warn_of_gap};
+use crate::batch::{self, Gap, MicroBatch, Offsets, TopicPartition};
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::Config;
+use crate::error::Error;
+use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
+use crate::source::Available;
+use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
+use crate::state::StateStore;
+
+impl Session {
+    pub(super) async fn recover(query: &mut StreamingQuery) -> Result<Session, Error> {
+        let config = query.config.clone();
+        let checkpoint = match &query.checkpoint {
+            Some(checkpoint) => checkpoint.clone(),
+            None => {
+                let location = crate::storage::open(&config.checkpoint_location)?;
+                let mut checkpoint = Checkpoint::open(location, &config.name).await?;
+                let epoch = checkpoint.claim().await?;
+                tracing::info!(query_id = %checkpoint.query_id(), epoch, checkpoint = checkpoint.url(), "checkpoint claimed");
+                query.telemetry.query_id(checkpoint.query_id());
+                query.checkpoint.insert(Arc::new(checkpoint)).clone()
+            }
+        };
+        checkpoint.check_owner().await?;
+        let recovered = checkpoint.recover().await?;
+        let pipeline = query.pipeline.clone();
+        let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
+        let tables = sink.load().await?;
+        check_tables(&config, &checkpoint, &recovered, &tables)?;
+
+        let mut pending = None;
+        let mut last = None;
+        let mut evict_ms = 0;
+        if let Some(plan) = recovered.plan {
+            match &recovered.commit {
+                Some(commit) if commit.batch == plan.plan.batch => {
+                    evict_ms = plan.plan.watermarks.evict_ms;
+                    last = Some(Last { plan: plan.plan, watermark_next_ms: commit.watermark_next_ms });
+                }
+                _ => {
+                    if plan.plan.config_fingerprint != config.fingerprint {
+                        return Err(Error::ConfigChanged { batch: plan.plan.batch });
+                    }
+                    // The state is that of the batch before, in which windows closed by its own watermark.
+                    evict_ms = plan.plan.watermarks.late_ms;
+                    pending = Some(plan);
+                }
+            }
+        }
+        let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
+        let mut state = StateStore::new(pipeline.queries.clone());
+        for file in &state_files {
+            let bytes = checkpoint.read_state(file).await?;
+            let name = format!("{}/{}", checkpoint.url(), file.name);
+            state = blocking(move || {
+                state.apply(&bytes, evict_ms).map_err(|error| Error::StateFile { file: name, error })?;
+                Ok(state)
+            })
+            .await?;
+        }
+        let bytes_per_record = recovered
+            .commit
+            .as_ref()
+            .filter(|c| c.counts.records > 0)
+            .map(|c| c.counts.bytes as f64 / c.counts.records as f64);
+        let name = config.name.clone();
+        let source = blocking(move || {
+            Ok(KafkaSource::new(
+                &config.source,
+                QueryNames::of(&name),
+                ChunkSettings::with_buffer(config.execution.buffer_bytes),
+            )?)
+        })
+        .await?;
+        tracing::info!(
+            batch = last.as_ref().map(|l| l.plan.batch),
+            pending = pending.as_ref().map(|p| p.plan.batch),
+            state_files = state_files.len(),
+            "recovered"
+        );
+        Ok(Session {
+            checkpoint,
+            sink,
+            tables: tables.into_iter().map(|table| (table.name, table.uuid)).collect(),
+            source: Arc::new(Mutex::new(source)),
+            state: Some(state),
+            state_files,
+            last,
+            pending,
+            bytes_per_record,
+            latest: Offsets::new(),
+            checkpoint_bytes: 0,
+        })
+    }
+
+    /// What of a plan logged earlier can still be read: the plan itself, unless records expired since.
+    pub(super) async fn still_readable(&self, plan: &MicroBatch, config: &Config) -> Result<MicroBatch, Error> {
+        let available = self.available().await?;
+        check_topics(plan, &available)?;
+        let starts: Offsets = plan.ranges.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
+        let gaps: Vec<Gap> = batch::data_loss(&starts, &available.partitions)
+            .into_iter()
+            .filter_map(|mut gap| {
+                let range = plan.ranges.get(&TopicPartition::new(gap.topic.clone(), gap.partition))?;
+                gap.range.end = gap.range.end.min(range.end);
+                (!range.is_empty()).then_some(gap)
+            })
+            .collect();
+        if gaps.is_empty() {
+            return Ok(plan.clone());
+        }
+        if config.source.fail_on_data_loss {
+            return Err(Error::DataLoss { gaps });
+        }
+        let mut left = plan.clone();
+        for gap in gaps {
+            warn_of_gap(&gap);
+            if let Some(range) = left.ranges.get_mut(&TopicPartition::new(gap.topic.clone(), gap.partition)) {
+                range.start = gap.range.end.max(range.start);
+            }
+            left.gaps.push(gap);
+        }
+        Ok(left)
+    }
+}
+
+/// A topic that was deleted and created again has other records under the same offsets.
+pub(super) fn check_topics(plan: &MicroBatch, available: &Available) -> Result<(), Error> {
+    for (topic, then) in &plan.topic_ids {
+        if let Some(now) = available.topic_ids.get(topic)
+            && now != then
+        {
+            return Err(Error::TopicRecreated { topic: topic.clone(), then: then.clone(), now: now.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Compares every table's marker with the checkpoint before anything is done. Every batch sets the marker of every
+/// table, so the two always agree up to the batch in hand; where they do not, someone restored, deleted or re-created
+/// one of them, and going on would lose rows or double them.
+fn check_tables(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    recovered: &checkpoint::Recovered,
+    tables: &[TableInfo],
+) -> Result<(), Error> {
+    let Some(logged) = &recovered.plan else {
+        for table in tables {
+            let stranger = table.others.iter().find(|(_, marker)| marker.pipeline == config.name);
+            if let Some((query_id, marker)) = stranger {
+                return Err(Error::CheckpointLost {
+                    table: table.name.clone(),
+                    pipeline: config.name.clone(),
+                    query_id: *query_id,
+                    batch: marker.batch,
+                    checkpoint: checkpoint.url().to_string(),
+                });
+            }
+            if let Some(marker) = &table.marker {
+                return Err(older_checkpoint(checkpoint, "no batch", table, marker));
+            }
+        }
+        return Ok(());
+    };
+    let newest = logged.plan.batch;
+    let committed = recovered.commit.as_ref().map(|c| c.batch);
+    for table in tables {
+        let Some(known) = logged.plan.tables.get(&table.name) else { continue };
+        if *known != table.uuid {
+            return Err(Error::TableRecreated {
+                table: table.name.clone(),
+                then: *known,
+                now: table.uuid,
+                batch: newest,
+            });
+        }
+        match &table.marker {
+            Some(marker) if marker.batch > newest || marker.batch == newest && marker.plan != logged.digest => {
+                return Err(older_checkpoint(checkpoint, &format!("batch {newest}"), table, marker));
+            }
+            marker => {
+                let has = marker.as_ref().map(|m| m.batch);
+                if has < committed {
+                    return Err(Error::TableOlder {
+                        table: table.name.clone(),
+                        has,
+                        committed: committed.unwrap_or_default(),
+                    });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn older_checkpoint(checkpoint: &Checkpoint, newest: &str, table: &TableInfo, marker: &Marker) -> Error {
+    Error::CheckpointOlder {
+        checkpoint: checkpoint.url().to_string(),
+        newest: newest.to_string(),
+        table: table.name.clone(),
+        batch: marker.batch,
+    }
+}
