@@ -154,6 +154,8 @@ fn measure(broker: &Broker, mode: &str, messages: u64, truth: &Truth) {
     let mut command = pipeline.command();
     command.arg("run").arg(config).stdout(file.try_clone().unwrap()).stderr(file);
     let from = Instant::now();
+    // Waited for by `wait`, which says what it has used.
+    #[allow(clippy::zombie_processes)]
     let child = command.spawn().expect("floe");
     let (status, usage) = wait(child.id());
     let seconds = from.elapsed().as_secs_f64();

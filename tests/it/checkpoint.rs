@@ -266,3 +266,17 @@ fn a_logged_plan_is_replayed_as_it_was_planned() {
     each_offset_once(&tables, "replayed", &produced(Broker::shared(), "replayed", telemetry().partitions));
     everything(&pipeline, Broker::shared(), &telemetry());
 }
+
+/// A setting that decides what a batch means cannot change between its plan and its execution; after the batch it can.
+#[test]
+fn a_planned_batch_is_not_executed_with_other_settings() {
+    let _turn = turn();
+    let mut pipeline = left_behind("other_settings");
+    let before = offsets_in_tables(&pipeline.tables());
+    pipeline.set("transform.filter", "duration_ms < 5000");
+    pipeline.spawn().wait().expect_code(3).expect_output(&["batch 2"]);
+    assert_eq!(offsets_in_tables(&pipeline.tables()), before);
+    pipeline.remove("transform");
+    pipeline.run();
+    everything(&pipeline, Broker::shared(), &telemetry());
+}

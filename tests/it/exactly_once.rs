@@ -1,4 +1,9 @@
+use std::collections::BTreeMap;
+use std::fs;
 use std::sync::OnceLock;
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::support::broker::Broker;
 use crate::support::check::{DEAD_LETTERS, ROWS, WINDOWS, everything, fill};
@@ -166,23 +171,31 @@ fn killed_in_the_batch_without_data() {
     }
 }
 
-/// Every table names the batch in a property and each snapshot in its summary, for those who audit.
+/// Every table names its last batch in a property, and every snapshot its own: number, digest of the plan, offsets, watermark.
 #[test]
 fn every_table_carries_the_marker() {
     let _turn = turn();
     let pipeline = pipeline();
     pipeline.run();
+    let metadata = fs::read_to_string(pipeline.checkpoint().join("metadata.json")).unwrap();
+    let query_id = metadata.split('"').find(|s| s.len() == 36).expect("the query's id").to_string();
+    let marker_of = |map: &BTreeMap<String, String>| -> Option<Value> {
+        serde_json::from_str(map.get(&format!("floe.{query_id}"))?).ok()
+    };
     for name in [ROWS, WINDOWS, DEAD_LETTERS] {
         let table = pipeline.tables().table(name);
-        let markers: Vec<_> = table.properties.iter().filter(|(k, _)| k.starts_with("floe.")).collect();
-        assert!(
-            markers.iter().any(|(_, v)| v.contains("telemetry")),
-            "{name} has no marker of the pipeline: {:?}",
-            table.properties
-        );
+        let last = marker_of(&table.properties).unwrap_or_else(|| panic!("{name}: {:?}", table.properties));
+        assert_eq!((&last["pipeline"], &last["batch"]), (&"telemetry".into(), &5.into()), "{name}");
+        assert!(!table.snapshots.is_empty());
         for snapshot in &table.snapshots {
-            let floe: Vec<_> = snapshot.summary.iter().filter(|(k, _)| k.starts_with("floe")).collect();
-            assert!(!floe.is_empty(), "snapshot {} of {name} says nothing: {:?}", snapshot.id, snapshot.summary);
+            let summary = &snapshot.summary;
+            let marker = marker_of(summary).unwrap_or_else(|| panic!("{name}: {summary:?}"));
+            let batch = marker["batch"].as_u64().unwrap();
+            let plan = fs::read(pipeline.checkpoint().join(format!("offsets/{batch:020}.json"))).unwrap();
+            let digest: String = Sha256::digest(&plan).iter().map(|b| format!("{b:02x}")).collect();
+            assert_eq!(marker["plan"], format!("sha256:{digest}"), "batch {batch} of {name}");
+            assert!(summary["floe.offsets"].contains(topic()), "{summary:?}");
+            assert!(summary["floe.watermark-ms"].parse::<i64>().is_ok(), "{summary:?}");
         }
     }
 }

@@ -36,5 +36,7 @@ mod s3;
 mod shutdown;
 /// The source reads exactly the planned ranges, whatever brokers, transactions and retention do.
 mod source;
+/// When a batch runs: at its interval, with enough records, or after the longest delay.
+mod triggers;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;

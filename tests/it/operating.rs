@@ -32,9 +32,12 @@ fn finish(mut pipeline: Pipeline, floe: Floe) {
     everything(&pipeline, Broker::shared(), &telemetry());
 }
 
+/// Kind and samples: labels and value.
+type Metric = (String, Vec<(BTreeMap<String, String>, f64)>);
+
 /// The text format of Prometheus, as strictly as its own parser reads it: names, labels, types before samples, samples
 /// of one family together, histograms complete.
-fn parse_metrics(text: &str) -> BTreeMap<String, (String, Vec<(BTreeMap<String, String>, f64)>)> {
+fn parse_metrics(text: &str) -> BTreeMap<String, Metric> {
     let name_ok = |name: &str| {
         name.chars()
             .enumerate()
@@ -43,7 +46,7 @@ fn parse_metrics(text: &str) -> BTreeMap<String, (String, Vec<(BTreeMap<String, 
     };
     let mut types: BTreeMap<String, String> = BTreeMap::new();
     let mut helped = BTreeSet::new();
-    let mut families: BTreeMap<String, (String, Vec<(BTreeMap<String, String>, f64)>)> = BTreeMap::new();
+    let mut families: BTreeMap<String, Metric> = BTreeMap::new();
     let mut order: Vec<String> = Vec::new();
     let mut seen = BTreeSet::new();
     assert!(text.ends_with('\n'), "the last line ends");
