@@ -65,7 +65,7 @@ fn bounded_by_bytes_and_by_offsets() {
 fn aborted_transactions_leave_no_trace_and_stop_nothing() {
     let _turn = turn();
     let broker = Broker::shared();
-    let topic = "aborted";
+    let topic = "aborted_transactions";
     let telemetry = Telemetry { messages: 600, partitions: 2, invalid_per_mille: 0, ..Telemetry::default() };
     let aborted = Telemetry { messages: 10_000, seed: 77, ..telemetry.clone() };
     broker.create_topic(topic, telemetry.partitions, &[]);

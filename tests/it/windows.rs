@@ -59,7 +59,7 @@ fn late_rows_are_counted_and_closed_windows_stay_as_they_are() {
     let topic = "late";
     broker.create_topic(topic, 1, &[]);
     let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
-    pipeline.service("100 ms");
+    pipeline.service("100 ms").set("event_time.watermark_delay", "2 minutes");
     let tables = pipeline.tables();
     let mut floe = pipeline.spawn();
     let at = |minute: i64, second: i64| START_MS + minute * MINUTE_MS + second * 1000;

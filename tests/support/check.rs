@@ -168,5 +168,5 @@ pub fn everything(pipeline: &Pipeline, broker: &Broker, telemetry: &Telemetry) {
     let truth = telemetry.truth();
     each_offset_once(&tables, &pipeline.topic, &produced(broker, &pipeline.topic, telemetry.partitions));
     rows_are_true(&tables, &truth);
-    windows_are(&tables, &truth.closed(DELAY_MS));
+    windows_are(&tables, &truth.closed(pipeline.delay_ms()));
 }

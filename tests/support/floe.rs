@@ -106,9 +106,10 @@ impl Pipeline {
         self
     }
 
-    /// A service with a trigger every `interval`, and HTTP.
+    /// A service with a trigger every `interval`, and HTTP. Its batches are cut while messages arrive, so that one partition
+    /// may be far behind another: the watermark's delay is large enough that no row is late for that.
     pub fn service(&mut self, interval: &str) -> &mut Self {
-        self.remove("trigger").set("trigger.interval", interval);
+        self.remove("trigger").set("trigger.interval", interval).set("event_time.watermark_delay", "20 minutes");
         self.set("http.listen", format!("127.0.0.1:{}", free_port()))
     }
 
@@ -120,6 +121,12 @@ impl Pipeline {
     pub fn without_env(&mut self, name: &str) -> &mut Self {
         self.env.remove(name);
         self
+    }
+
+    /// The watermark's delay, which the tests write in minutes.
+    pub fn delay_ms(&self) -> i64 {
+        let delay = self.config["event_time"]["watermark_delay"].as_str().and_then(|d| d.strip_suffix(" minutes"));
+        delay.and_then(|minutes| minutes.parse::<i64>().ok()).expect("minutes") * 60_000
     }
 
     pub fn dir(&self) -> &Path {
