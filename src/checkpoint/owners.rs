@@ -20,10 +20,22 @@ pub struct Owner {
     pub started_at: String,
 }
 
-/// Creates the next epoch; whoever loses a race for one tries the one after it.
+/// Creates the next epoch; whoever loses a race for one tries the one after it. The owner before is read first: like any
+/// other file of the checkpoint it is named when it is damaged.
 pub(super) async fn claim(files: &Files) -> Result<u64, Error> {
     loop {
         let highest = files.numbers("owners").await?.last().copied().unwrap_or(0);
+        if highest > 0
+            && let Some((before, _)) = files.read_json::<Owner>(&numbered("owners", highest)).await?
+        {
+            tracing::info!(
+                epoch = highest,
+                host = before.host,
+                pid = before.pid,
+                started_at = before.started_at,
+                "taking over from the owner before"
+            );
+        }
         let epoch = highest.checked_add(1).ok_or_else(|| files.damaged("owners/", "no epoch is left"))?;
         let file = numbered("owners", epoch);
         let owner = Owner {

@@ -32,6 +32,8 @@ mod ownership;
 mod random_kills;
 /// The checkpoint on an S3-compatible store.
 mod s3;
+/// TLS, SASL and secrets.
+mod security;
 /// SIGTERM commits the batch in hand; a second one does not wait.
 mod shutdown;
 /// The source reads exactly the planned ranges, whatever brokers, transactions and retention do.
