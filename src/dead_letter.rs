@@ -34,6 +34,8 @@ pub enum Reason {
     BadFormat,
     BadLength,
     UnknownField,
+    /// A keyword that only the schema's validator checks, such as `anyOf`.
+    SchemaViolation,
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
@@ -44,7 +46,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 19] = [
+    pub const ALL: [Reason; 20] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -60,6 +62,7 @@ impl Reason {
         Reason::BadFormat,
         Reason::BadLength,
         Reason::UnknownField,
+        Reason::SchemaViolation,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
         Reason::Overflow,
@@ -83,6 +86,7 @@ impl Reason {
             Reason::BadFormat => "bad_format",
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
+            Reason::SchemaViolation => "schema_violation",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
             Reason::Overflow => "overflow",

@@ -300,7 +300,7 @@ impl<'a> Job<'a> {
         }
         let kept: BooleanArray =
             (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
-        let name = &self.pipeline.schema.fields[column].name;
+        let name = self.pipeline.schema.arrow.field(column).name();
         for row in (0..times.len()).filter(|&row| !kept.value(row)) {
             let at = timestamp_text(times.value(row));
             rejected.push(Rejection {

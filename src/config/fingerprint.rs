@@ -5,13 +5,13 @@ use sha2::{Digest, Sha256};
 
 use super::{Config, TableConfig};
 
-/// SHA-256 over a canonical form. In it: schema document, transform, event time, and of every table its name, columns and
+/// SHA-256 over a canonical form. In it: schema document and columns made of it, transform, event time, and of every table its name, columns and
 /// keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
 /// and retry.
 pub fn fingerprint(config: &Config, schema_document: &str) -> String {
     // A document that is not JSON has been refused before.
     let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
-    let meaning = json!({
+    let mut meaning = json!({
         "schema": canonical(schema),
         "filter": config.transform.filter,
         "columns": config.transform.columns,
@@ -29,6 +29,12 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
         })).collect::<Vec<_>>(),
         "dead_letters": table(&config.dead_letters),
     });
+    // Only where it is set, so that checkpoints from before there was the setting go on.
+    if let (true, Some(extra), Some(meaning)) =
+        (config.schema.has_extra, config.schema.arrow.fields().last(), meaning.as_object_mut())
+    {
+        meaning.insert("extra_column".to_owned(), extra.name().as_str().into());
+    }
     Sha256::digest(meaning.to_string()).iter().map(|b| format!("{b:02x}")).collect()
 }
 
