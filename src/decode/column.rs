@@ -290,7 +290,9 @@ impl Column {
                     Err(reason) => return refuse(reason),
                 }
             }
-            (ValueType::Object(t), Values::Struct(v), Some(b'{')) => v.push(t, scanner, self.validity.len(), depth, scratch)?,
+            (ValueType::Object(t), Values::Struct(v), Some(b'{')) => {
+                v.push(t, scanner, self.validity.len(), depth, scratch)?
+            }
             (ValueType::List(t), Values::List(v), Some(b'[')) => {
                 v.push(t, scanner, depth, scratch)?;
                 let len = v.ends.len();
@@ -383,9 +385,7 @@ impl Column {
                 Arc::new(TimestampMicrosecondArray::new(v.into(), nulls).with_data_type(arrow))
             }
             (Values::Text(v), ..) => finish_text(v, nulls),
-            (Values::Binary(v), ..) => {
-                Arc::new(BinaryArray::new(offsets(v.ends), Buffer::from_vec(v.bytes), nulls))
-            }
+            (Values::Binary(v), ..) => Arc::new(BinaryArray::new(offsets(v.ends), Buffer::from_vec(v.bytes), nulls)),
             (Values::Struct(v), ValueType::Object(t), DataType::Struct(fields)) => {
                 let columns =
                     v.columns.into_iter().zip(&t.fields).map(|(c, field)| c.finish(&field.value)).collect::<Vec<_>>();
@@ -400,9 +400,10 @@ impl Column {
                 };
                 let Map { ends, keys, values, .. } = *v;
                 let columns = vec![finish_text(keys, None), values.finish(&t.value.value)];
-                of_schema(StructArray::try_new(fields.clone(), columns, None).and_then(|structs| {
-                    MapArray::try_new(entries.clone(), offsets(ends), structs, nulls, sorted)
-                }))
+                of_schema(
+                    StructArray::try_new(fields.clone(), columns, None)
+                        .and_then(|structs| MapArray::try_new(entries.clone(), offsets(ends), structs, nulls, sorted)),
+                )
             }
             _ => unreachable!("the column is made from the schema"),
         }

@@ -69,9 +69,7 @@ fn shown(array: &ArrayRef, row: usize) -> Value {
 
 fn row(batch: &RecordBatch, row: usize) -> Value {
     let schema = batch.schema();
-    Value::Object(
-        schema.fields().iter().zip(batch.columns()).map(|(f, c)| (f.name().clone(), shown(c, row))).collect(),
-    )
+    Value::Object(schema.fields().iter().zip(batch.columns()).map(|(f, c)| (f.name().clone(), shown(c, row))).collect())
 }
 
 fn verdict(schema: &Arc<Schema>, payload: &str) -> Result<Value, (Reason, String, String)> {
@@ -82,32 +80,7 @@ fn verdict(schema: &Arc<Schema>, payload: &str) -> Result<Value, (Reason, String
     }
 }
 
-const ORDER: &str = r##"{
-    "type": "object",
-    "required": ["id", "items"],
-    "properties": {
-        "id": {"type": "string"},
-        "items": {"type": "array", "minItems": 1, "maxItems": 3, "items": {
-            "type": "object", "required": ["price"], "additionalProperties": false, "properties": {
-                "price": {"$ref": "#/$defs/money"},
-                "sizes": {"type": "array", "items": {"type": ["integer", "null"], "multipleOf": 5}}
-            }
-        }},
-        "labels": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
-        "address": {"type": ["object", "null"], "required": ["city"], "properties": {
-            "city": {"type": "string"}, "geo": {"type": "object", "required": ["lat"], "properties": {
-                "lat": {"type": "number"}, "lon": {"type": "number"}}}}},
-        "day": {"type": "string", "format": "date"},
-        "time": {"type": "string", "format": "time"},
-        "local": {"type": "string", "format": "local-date-time"},
-        "clock": {"type": "string", "format": "local-time"},
-        "ratio": {"type": "number", "format": "float"},
-        "body": {"type": "string", "contentEncoding": "base64"},
-        "note": {"type": ["string", "object", "integer", "null"]},
-        "code": {"type": "string", "pattern": "^[A-Z]+$"}
-    },
-    "$defs": {"money": {"type": ["number", "string"], "format": "decimal", "x-precision": 6, "x-scale": 2, "minimum": 0}}
-}"##;
+const ORDER: &str = include_str!("../../fuzz/schema.json");
 
 #[test]
 fn every_type_is_exact() {
@@ -187,7 +160,9 @@ fn decimals_are_exact_to_the_last_digit() {
         )
     };
     let wide = schema(&text(38, 10));
-    for digits in ["1234567890123456789012345678.0123456789", "-9999999999999999999999999999.9999999999", "0.0000000001"] {
+    for digits in
+        ["1234567890123456789012345678.0123456789", "-9999999999999999999999999999.9999999999", "0.0000000001"]
+    {
         for payload in [format!(r#"{{"d":{digits}}}"#), format!(r#"{{"d":"{digits}"}}"#)] {
             assert_eq!(verdict(&wide, &payload).unwrap()["d"], digits, "{payload}");
         }
@@ -284,7 +259,8 @@ fn other_keywords_are_checked_by_the_validator() {
 #[test]
 fn the_parsing_suite_is_judged_as_it_says() {
     let schema = schema(r#"{"type":"object","properties":{"v":true}}"#);
-    let cases: Vec<(String, String)> = serde_json::from_str(include_str!("../../tests/json_parsing/cases.json")).unwrap();
+    let cases: Vec<(String, String)> =
+        serde_json::from_str(include_str!("../../tests/json_parsing/cases.json")).unwrap();
     for (name, input) in &cases {
         let found = verdict(&schema, &format!("{{\"v\":{input}}}"));
         match name.as_bytes()[0] {
@@ -325,7 +301,9 @@ fn random_schema(n: &mut Numbers, depth: usize) -> Value {
         7 => json!({"type": types("string"), "format": n.one_of(&["date-time", "date", "time", "uuid"])}),
         8 => json!({"type": types("number"), "format": "decimal", "x-precision": 20, "x-scale": n.below(6)}),
         9 => json!({"type": [n.one_of(&["string", "boolean"]), n.one_of(&["integer", "number"])]}),
-        10 => json!({"type": types("array"), "items": random_schema(n, depth - 1), "minItems": n.below(2), "maxItems": 2 + n.below(3)}),
+        10 => {
+            json!({"type": types("array"), "items": random_schema(n, depth - 1), "minItems": n.below(2), "maxItems": 2 + n.below(3)})
+        }
         11 => json!({"type": types("object"), "additionalProperties": random_schema(n, depth - 1)}),
         12 => json!({"anyOf": [random_schema(n, depth - 1), {"type": "null"}]}),
         _ => random_object(n, depth - 1),
@@ -344,7 +322,10 @@ fn random_object(n: &mut Numbers, depth: usize) -> Value {
 /// A document that fits mostly, as text, and what the columns hold of it if it does.
 fn random_document(n: &mut Numbers, schema: &Value) -> (String, Value) {
     if n.below(40) == 0 {
-        return (n.one_of(&["null", "5", "\"a\"", "[]", "{}", "true", "-1.5", "1.0", "\"2026-01-01\""]).to_owned(), Value::Null);
+        return (
+            n.one_of(&["null", "5", "\"a\"", "[]", "{}", "true", "-1.5", "1.0", "\"2026-01-01\""]).to_owned(),
+            Value::Null,
+        );
     }
     if let Some(branches) = schema["anyOf"].as_array() {
         return if n.below(4) == 0 { ("null".into(), Value::Null) } else { random_document(n, &branches[0]) };
@@ -367,7 +348,11 @@ fn random_document(n: &mut Numbers, schema: &Value) -> (String, Value) {
         }
         "number" if schema["format"] == "decimal" => {
             let scale = schema["x-scale"].as_u64().unwrap_or(0) as usize;
-            let digits = format!("{}{:0scale$}", 1 + n.below(99999), if scale > 0 { n.below(10usize.pow(scale as u32)) } else { 0 });
+            let digits = format!(
+                "{}{:0scale$}",
+                1 + n.below(99999),
+                if scale > 0 { n.below(10usize.pow(scale as u32)) } else { 0 }
+            );
             let text = if scale == 0 {
                 digits[..digits.len() - 1].to_owned() + "7"
             } else {

@@ -119,7 +119,11 @@ impl<'a> Compiler<'a> {
             }
             if object.fields.iter().any(|field| field.name == extra) {
                 let found = format!("the property {extra:?}");
-                self.problem("/properties", &found, "choose another name for the column of what the schema leaves open");
+                self.problem(
+                    "/properties",
+                    &found,
+                    "choose another name for the column of what the schema leaves open",
+                );
             }
         }
         Some(object)
@@ -289,8 +293,7 @@ impl<'a> Compiler<'a> {
                 _ if is_annotation(key) || checked.contains(&key.as_str()) => {}
                 // It says nothing about values of this type.
                 Some(about) if !about.meets(types) => {}
-                // True for every value.
-                Some(_) if key == "uniqueItems" && *node == Node::Bool(false) => {}
+                Some(_) if is_always_true(key, node) => {}
                 Some(_) => self.slow(place.pointer, key),
                 None => self.unknown(place, key),
             }
@@ -314,7 +317,11 @@ impl<'a> Compiler<'a> {
 
     fn nested(&mut self, pointer: &str, inner: impl FnOnce(&mut Self) -> Option<ValueType>) -> Option<ValueType> {
         if self.nesting == MAX_NESTING {
-            self.problem(pointer, "another struct, list or map", &format!("{MAX_NESTING} inside one another are allowed"));
+            self.problem(
+                pointer,
+                "another struct, list or map",
+                &format!("{MAX_NESTING} inside one another are allowed"),
+            );
             return None;
         }
         self.nesting += 1;
@@ -336,7 +343,8 @@ impl<'a> Compiler<'a> {
                     compiler.problem(&pointer, "an empty name", "a property needs a name to be a column");
                 }
                 if name.starts_with(RESERVED_PREFIX) && compiler.nesting == 1 {
-                    let allowed = format!("names that begin with {RESERVED_PREFIX} are kept for the provenance columns");
+                    let allowed =
+                        format!("names that begin with {RESERVED_PREFIX} are kept for the provenance columns");
                     compiler.problem(&pointer, &format!("{name:?}"), &allowed);
                 }
                 match compiler.field(name, node, required.contains(name.as_str()), &pointer) {
@@ -351,6 +359,7 @@ impl<'a> Compiler<'a> {
             match place.get("additionalProperties") {
                 None | Some(Node::Bool(true)) => {}
                 Some(Node::Bool(false)) if place.get("patternProperties").is_none() => closed = true,
+                Some(node) if is_always_true("additionalProperties", node) => {}
                 Some(_) => compiler.slow(place.pointer, "additionalProperties"),
             }
             complete.then_some(ValueType::Object(ObjectType { fields, closed }))
@@ -624,19 +633,25 @@ impl<'a> Compiler<'a> {
 }
 
 /// What the decoder checks of integers and numbers; the last only of integers.
-const INTEGER: [&str; 9] = [
-    "type",
-    "enum",
-    "const",
-    "format",
-    "minimum",
-    "maximum",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "multipleOf",
-];
+const INTEGER: [&str; 9] =
+    ["type", "enum", "const", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"];
 /// A `format` that the decoder does not know is on the validator's list already.
 const STRING: [&str; 7] = ["type", "enum", "const", "format", "minLength", "maxLength", "pattern"];
+
+/// Keywords that generators write out although they say nothing.
+fn is_always_true(key: &str, node: &Node) -> bool {
+    let empty = matches!(node, Node::Object(members) if members.is_empty());
+    match key {
+        "uniqueItems" => *node == Node::Bool(false),
+        "items" | "additionalProperties" | "propertyNames" | "unevaluatedItems" | "unevaluatedProperties" => {
+            *node == Node::Bool(true) || empty
+        }
+        "properties" | "patternProperties" | "dependentRequired" | "dependentSchemas" => empty,
+        "minLength" | "minItems" | "minProperties" => matches!(node, Node::Number(n) if n.as_u64() == Some(0)),
+        "required" => matches!(node, Node::Array(names) if names.is_empty()),
+        _ => false,
+    }
+}
 
 fn listed_types(place: &Place<'_, '_>) -> Types {
     let values: Vec<&Node> = match (place.get("enum"), place.get("const")) {

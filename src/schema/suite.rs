@@ -29,6 +29,8 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("float-overflow", "valid if optional overflow handling is implemented"),
     // Formats assert.
     ("format", "invalid"),
+    // Metaschemas other than the draft's are refused; here only the rest of the schema is tried.
+    ("vocabulary", "no validation: invalid number"),
 ];
 
 fn is_valid(schema: &std::sync::Arc<Schema>, document: &str) -> Result<(), String> {
@@ -56,6 +58,17 @@ fn wrap(schema: &Value) -> String {
     json!({"type": "object", "properties": {"value": inner}, "required": ["value"]}).to_string()
 }
 
+fn type_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
 fn run(folder: &Path, counts: &mut BTreeMap<String, Counts>, wrong: &mut Vec<String>) {
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
@@ -65,15 +78,25 @@ fn run(folder: &Path, counts: &mut BTreeMap<String, Counts>, wrong: &mut Vec<Str
         let groups: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
         for group in groups.as_array().unwrap() {
             let tests = group["tests"].as_array().unwrap();
-            let schema = match Schema::parse(&wrap(&group["schema"])) {
-                Ok(schema) => schema,
-                Err(problems) => {
-                    println!("skipped {name}: {}: {}", group["description"], problems.join("; "));
-                    counts.skipped += tests.len();
-                    continue;
+            for (test, typed) in tests.iter().flat_map(|test| [(test, false), (test, true)]) {
+                // A value has its own type: to say so changes no verdict, and makes a column of that type.
+                let mut schema = group["schema"].clone();
+                if typed {
+                    match schema.as_object_mut() {
+                        Some(members) if !members.contains_key("type") && !members.contains_key("$ref") => {
+                            members.insert("type".to_owned(), json!(type_of(&test["data"])));
+                        }
+                        _ => continue,
+                    }
                 }
-            };
-            for test in tests {
+                let schema = match Schema::parse(&wrap(&schema)) {
+                    Ok(schema) => schema,
+                    Err(problems) => {
+                        println!("skipped {name}: {}: {}", group["description"], problems.join("; "));
+                        counts.skipped += 1;
+                        continue;
+                    }
+                };
                 let document = format!("{{\"value\":{}}}", test["data"]);
                 let found = is_valid(&schema, &document);
                 let description = test["description"].as_str().unwrap();
@@ -106,5 +129,5 @@ fn the_official_suite_s_verdicts_are_ours() {
     println!("{counts:#?}");
     println!("{agree} agree, {in_one_pass} of them in one pass, {typed} typed; {} skipped", sum(|c| c.skipped));
     assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
-    assert!(agree >= 1 && in_one_pass >= 1 && typed >= 1);
+    assert!(agree >= 1590 && in_one_pass >= 194 && typed >= 104, "the suite is covered less than before");
 }

@@ -48,7 +48,9 @@ fn columns_follow_the_order_of_the_document() {
         ("x", DataType::Boolean),
     ];
     assert_eq!(found, expected);
-    assert!(schema.object.fields[1].required && schema.object.fields[1].nullable && schema.object.fields[1].accepts_null);
+    assert!(
+        schema.object.fields[1].required && schema.object.fields[1].nullable && schema.object.fields[1].accepts_null
+    );
     assert!(schema.object.fields[0].nullable && !schema.object.fields[0].accepts_null);
 }
 
@@ -185,7 +187,8 @@ fn every_type_has_its_column() {
               "word":{"enum":["a","b"]},"code":{"type":"string","pattern":"^[A-Z]{2}$"}
             }}"##,
     );
-    let money = "a number, or a number in a string, of at most 8 digits before the point and 2 after it from 0.01 to 99.99";
+    let money =
+        "a number, or a number in a string, of at most 8 digits before the point and 2 after it from 0.01 to 99.99";
     let expected = [
         "items list nullable a list of at least 1 items",
         "items.element struct not null an object",
@@ -217,16 +220,29 @@ fn keywords_for_the_validator_are_named() {
     assert_eq!(of(r#"{"type":"number","multipleOf":0.5}"#), ["/properties/a: multipleOf"]);
     assert_eq!(of(r#"{"type":"string","pattern":"(?=a)"}"#), ["/properties/a: pattern"]);
     assert_eq!(of(r#"{"type":"string","format":"email"}"#), ["/properties/a: format"]);
-    assert_eq!(of(r#"{"type":"array","items":{"not":{}},"uniqueItems":true}"#), ["/properties/a/items: not", "/properties/a: uniqueItems"]);
+    assert_eq!(
+        of(r#"{"type":"array","items":{"not":{}},"uniqueItems":true}"#),
+        ["/properties/a/items: not", "/properties/a: uniqueItems"]
+    );
     assert_eq!(of(r#"{"type":["string","integer"],"enum":["a",1]}"#), ["/properties/a: enum"]);
-    assert_eq!(of(r#"{"type":"object","properties":{"b":true},"patternProperties":{"x":{}},"additionalProperties":false}"#),
-        ["/properties/a: additionalProperties", "/properties/a: patternProperties"]);
-    assert_eq!(slow(r#"{"type":"object","properties":{"a":{}},"required":["b"],"if":{},"then":{}}"#), ["/: required", "/: if", "/: then"]);
+    assert_eq!(
+        of(r#"{"type":"object","properties":{"b":true},"patternProperties":{"x":{}},"additionalProperties":false}"#),
+        ["/properties/a: additionalProperties", "/properties/a: patternProperties"]
+    );
+    assert_eq!(
+        slow(r#"{"type":"object","properties":{"a":{}},"required":["b"],"if":{},"then":{}}"#),
+        ["/: required", "/: if", "/: then"]
+    );
 }
 
 #[test]
 fn a_document_that_the_validator_refuses_is_refused() {
-    for property in [r#"{"anyOf":{}}"#, r#"{"$ref":"http://example.com/other.json"}"#, r#"{"anyOf":[{"format":"phone"}]}"#, r#"{"pattern":"("}"#] {
+    for property in [
+        r#"{"anyOf":{}}"#,
+        r#"{"$ref":"http://example.com/other.json"}"#,
+        r#"{"anyOf":[{"format":"phone"}]}"#,
+        r#"{"pattern":"("}"#,
+    ] {
         let problems = property_problems(property);
         assert!(problems[0].contains("no JSON Schema"), "{property}: {problems:?}");
     }
@@ -238,7 +254,8 @@ fn property_problems(text: &str) -> Vec<String> {
 
 #[test]
 fn the_extra_column_comes_last_and_has_a_name_of_its_own() {
-    let text = |closed: bool| format!(r#"{{"type":"object","properties":{{"a":true}},"additionalProperties":{}}}"#, !closed);
+    let text =
+        |closed: bool| format!(r#"{{"type":"object","properties":{{"a":true}},"additionalProperties":{}}}"#, !closed);
     let schema = Schema::parse_with_extra(&text(false), Some("_extra")).unwrap();
     assert_eq!(schema.arrow.field(1), &datatypes::Field::new("_extra", DataType::Utf8, true));
     assert!(Schema::parse_with_extra(&text(false), Some("a")).unwrap_err()[0].contains("choose another name"));

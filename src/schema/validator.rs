@@ -8,17 +8,8 @@ use jsonschema::{Draft, PatternOptions};
 use serde_json::Value;
 
 /// Formats that only the decoder knows, as they are about columns.
-pub const OWN_FORMATS: [&str; 9] = [
-    "int32",
-    "int64",
-    "float",
-    "double",
-    "decimal",
-    "local-date-time",
-    "date-time-local",
-    "local-time",
-    "time-local",
-];
+pub const OWN_FORMATS: [&str; 9] =
+    ["int32", "int64", "float", "double", "decimal", "local-date-time", "date-time-local", "local-time", "time-local"];
 /// Characters of a message.
 const SHOWN: usize = 200;
 /// Steps that one match may take: some expressions take exponentially many, and nobody chooses their texts.
