@@ -273,12 +273,20 @@ fn the_parsing_suite_is_judged_as_it_says() {
     assert!(cases.len() > 280, "{}", cases.len());
 }
 
-struct Numbers(u64);
+struct Numbers {
+    state: u64,
+    /// A value that may not fit its schema was made.
+    odd: bool,
+}
 
 impl Numbers {
+    fn new(state: u64) -> Numbers {
+        Numbers { state, odd: false }
+    }
+
     fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) % limit as u64) as usize
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.state >> 33) % limit as u64) as usize
     }
 
     fn one_of<'a>(&mut self, choices: &[&'a str]) -> &'a str {
@@ -322,6 +330,7 @@ fn random_object(n: &mut Numbers, depth: usize) -> Value {
 /// A document that fits mostly, as text, and what the columns hold of it if it does.
 fn random_document(n: &mut Numbers, schema: &Value) -> (String, Value) {
     if n.below(40) == 0 {
+        n.odd = true;
         return (
             n.one_of(&["null", "5", "\"a\"", "[]", "{}", "true", "-1.5", "1.0", "\"2026-01-01\""]).to_owned(),
             Value::Null,
@@ -375,7 +384,7 @@ fn random_document(n: &mut Numbers, schema: &Value) -> (String, Value) {
                     (format!("\"{}\"", time.strftime("%H:%M:%S.%6fZ")), json!(micros.rem_euclid(86_400_000_000)))
                 }
                 Some(_) => {
-                    let uuid = uuid::Uuid::from_u128(u128::from(n.0) * 7).to_string();
+                    let uuid = uuid::Uuid::from_u128(u128::from(n.state) * 7).to_string();
                     (format!("\"{uuid}\""), json!(uuid))
                 }
                 None => {
@@ -435,24 +444,20 @@ proptest! {
 
     #[test]
     fn random_schemas_judge_random_documents_as_the_crate_does(seed in any::<u64>()) {
-        let n = &mut Numbers(seed);
+        let n = &mut Numbers::new(seed);
         let document = random_object(n, 3);
         let text = document.to_string();
         let schema = schema(&text);
         prop_assert!(schema.validator.is_none(), "{}: {:?}", text, schema.slow_keywords);
         let validator = Validator::new(&text).unwrap();
         for _ in 0..8 {
+            n.odd = false;
             let (payload, expected) = random_document(n, &document);
             let parsed: Value = serde_json::from_str(&payload).unwrap();
             let found = verdict(&schema, &payload);
             match (validator.check(&parsed), found) {
                 // What does not fit by chance may be valid too: then its value is not foreseen.
-                (Ok(()), Ok(found)) if !payload.contains("null") && !payload.contains("-1.5") => {
-                    if found != expected {
-                        let odd = ["1.0", "[]", "{}", "true", ":5", "5,", "\"a\"", "2026-01-01\""];
-                        prop_assert!(odd.iter().any(|odd| payload.contains(odd)), "{}\n{}\n{}\n{}", text, payload, found, expected);
-                    }
-                }
+                (Ok(()), Ok(found)) if !n.odd => prop_assert_eq!(found, expected, "{}\n{}", text, payload),
                 (Ok(()), Ok(_)) => {}
                 (Err(_), Err(_)) => {}
                 (Ok(()), Err((Reason::NumberOutOfRange, ..))) => {}
@@ -477,7 +482,7 @@ fn mutated_payloads_are_decoded_or_refused() {
         br#"{"id":"","items":[{"price":0}],"ratio":0.1,"body":"AP8=","note":{"a":[1,2]},"code":"AB","z":[{}]}"#,
     ];
     const INTERESTING: &[u8] = b"{}[]\",:\\ 0123456789eE+-.tfnu\0\x1f\x7f\x80\xc3\xbc\xff\n";
-    let n = &mut Numbers(7);
+    let n = &mut Numbers::new(7);
     let mut done = 0;
     let mut valid = 0;
     let mut payload = Vec::new();
