@@ -57,12 +57,12 @@ fn nested_types_are_read_by_others_as_they_were_written() {
     pipeline.run();
 
     let tables = pipeline.tables();
-    let rows: Vec<(Option<String>, Option<String>, Option<String>, String, Option<String>, Option<String>)> = tables
-        .query(
-            "select total::varchar, local::varchar, time::varchar, \
+    type Order = (Option<String>, Option<String>, Option<String>, String, Option<String>, Option<String>);
+    let rows: Vec<Order> = tables.query(
+        "select total::varchar, local::varchar, time::varchar, \
                 list_transform(items, i -> i.sku || ' ' || i.price::varchar)::varchar, note, _extra \
          from {shop.orders} order by _kafka_offset",
-        );
+    );
     let text = |text: &str| Some(text.to_owned());
     let first = (
         text("20.00"),
