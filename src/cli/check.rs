@@ -14,6 +14,8 @@ use rusqlite::{Connection, OpenFlags};
 use super::Error;
 use crate::checkpoint::Checkpoint;
 use crate::config::{CatalogConfig, Config};
+use crate::pipeline::Pipeline;
+use crate::sink::iceberg::{IcebergSink, TableStep};
 use crate::source::Source;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::storage::Location;
@@ -45,6 +47,7 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
     report("broker", in_time(broker(config)).await);
     report("catalog", in_time(catalog(config, path)).await);
+    report("tables", in_time(tables(config)).await);
     report("warehouse", in_time(warehouse_store(warehouse)).await);
     report("checkpoint", in_time(checkpoint(config)).await);
     if failed == 0 { Ok(()) } else { Err(Error::Check { failed, probes }) }
@@ -139,6 +142,15 @@ async fn catalog(config: &Config, path: &Path) -> Finding {
         Ok(format!("{shown}: tables there: {}; to be created: {}", list(there), list(missing)))
     })
     .await
+}
+
+/// What a start would do to each table, or why it would refuse to.
+async fn tables(config: &Config) -> Finding {
+    let pipeline = Pipeline::compile(config).map_err(|problems| problems.join("\n"))?;
+    let plans = IcebergSink::plan(&config.catalog, &pipeline.tables).await.map_err(|e| e.to_string())?;
+    let refused = plans.iter().any(|plan| matches!(plan.step, TableStep::Refuse(_)));
+    let lines = plans.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    if refused { Err(lines) } else { Ok(lines) }
 }
 
 fn existing_tables(path: &Path) -> rusqlite::Result<Vec<String>> {

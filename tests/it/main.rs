@@ -18,6 +18,8 @@ mod checkpoint;
 mod data_loss;
 /// `floe demo`.
 mod demo;
+/// A new version of the schema: tables follow where they can, and a start is refused where they cannot.
+mod evolution;
 /// Killed at every step of the protocol, each offset is in the tables once.
 mod exactly_once;
 /// The harness itself: the generator's truth and the readers.
@@ -40,5 +42,7 @@ mod shutdown;
 mod source;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.
 mod triggers;
+/// Tables stay small and fast, whatever the number of commits.
+mod upkeep;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;

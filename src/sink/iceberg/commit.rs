@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, iceberg_error};
-use super::{BoundTable, Inner, files};
+use super::manifests::Merge;
+use super::{BoundTable, Inner, files, metadata};
 use crate::batch::BatchId;
 use crate::retry::Strategy;
 use crate::sink::Error;
@@ -93,6 +94,7 @@ impl Inner {
                 Ok(()) => {
                     let mut now = loaded;
                     for change in changes {
+                        metadata::remove_dropped(&self.file_io, &change.base.metadata, &change.metadata).await;
                         if let Some(i) = self.tables.iter().position(|t| t.name == change.table) {
                             now[i].metadata = change.metadata.into();
                         }
@@ -112,6 +114,9 @@ impl Inner {
                             message,
                             "a commit of unknown outcome has happened"
                         );
+                        for (before, now) in loaded.iter().zip(&now) {
+                            metadata::remove_dropped(&self.file_io, &before.metadata, &now.metadata).await;
+                        }
                         return Ok(Committed {
                             already: false,
                             snapshots: self.snapshots_of(&now, commit.marker.batch),
@@ -235,11 +240,20 @@ impl Inner {
             // No sequence number: readers inherit it from the manifest list.
             manifest.add_file(file.clone(), iceberg::spec::UNASSIGNED_SEQUENCE_NUMBER)?;
         }
-        let mut manifests: Vec<ManifestFile> = vec![manifest.write_manifest_file().await?];
+        let mut list_of: Vec<ManifestFile> = vec![manifest.write_manifest_file().await?];
 
-        // Every manifest of the parent is taken over as it is; merging small ones belongs here.
+        // Every manifest of the parent is taken over, small ones merged when there are many.
+        let mut counts = HashMap::from([("manifests-created", 1), ("manifests-kept", 0), ("manifests-replaced", 0)]);
         if let Some(parent) = parent {
-            manifests.extend(self.manifests(metadata, parent).await?.consume_entries());
+            let parents = self.manifests(metadata, parent).await?.consume_entries().into_iter().collect();
+            let path = |n: usize| format!("{folder}/{attempt}-m{n}.avro");
+            let merge = Merge { file_io: &self.file_io, metadata, spec_id, schema, snapshot_id };
+            let merged = merge.run(parents, path, written).await;
+            counts.insert("manifests-created", 1 + merged.created);
+            counts.insert("manifests-kept", merged.manifests.len() - merged.created);
+            counts.insert("manifests-replaced", merged.replaced);
+            counts.insert("entries-processed", merged.entries);
+            list_of.extend(merged.manifests);
         }
 
         let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
@@ -247,13 +261,15 @@ impl Inner {
         let sequence_number = metadata.next_sequence_number();
         let writer = self.file_io.new_output(&list_path)?.writer().await?;
         let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
-        list.add_manifests(manifests.into_iter())?;
+        list.add_manifests(list_of.into_iter())?;
         list.close().await?;
 
         let mut collector = SnapshotSummaryCollector::default();
         for file in files {
             collector.add_file(file, schema.clone(), spec.clone());
         }
+        let mut properties = properties;
+        properties.extend(counts.into_iter().map(|(key, count)| (key.to_string(), count.to_string())));
         let additional_properties =
             summary(properties, collector.build(), parent.map(|p| &p.summary().additional_properties));
         // Snapshots of one table are ordered in time, also when clocks are not.
@@ -378,7 +394,7 @@ fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
 }
 
 /// In `[0, 1)`.
-fn random() -> f64 {
+pub(super) fn random() -> f64 {
     f64::from(Uuid::new_v4().as_fields().0) / (f64::from(u32::MAX) + 1.0)
 }
 

@@ -14,7 +14,7 @@ use futures::future::try_join_all;
 use iceberg::io::FileIO;
 use iceberg::spec::{TableMetadata, TableMetadataBuilder};
 use iceberg::{MetadataLocation, TableCreation};
-use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 use uuid::Uuid;
 
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName, iceberg_error};
@@ -66,6 +66,25 @@ impl SqliteCatalog {
             }
             let (connection, typed) = connect(&path).map_err(|e| sql_error(&path, "open it", e))?;
             Ok(SqliteCatalog { path, warehouse, file_io, connection: Arc::new(Mutex::new(connection)), typed })
+        })
+        .await
+    }
+
+    /// A catalog to look at only. None where there is no catalog yet.
+    pub async fn open_read_only(path: &Path, warehouse: &str, file_io: FileIO) -> Result<Option<SqliteCatalog>, Error> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let (path, warehouse) = (path.to_path_buf(), warehouse.to_string());
+        blocking(move || {
+            let found = connect_read_only(&path).map_err(|e| sql_error(&path, "read it", e))?;
+            Ok(found.map(|(connection, typed)| SqliteCatalog {
+                path,
+                warehouse,
+                file_io,
+                connection: Arc::new(Mutex::new(connection)),
+                typed,
+            }))
         })
         .await
     }
@@ -203,8 +222,22 @@ fn connect(path: &Path) -> rusqlite::Result<(Connection, bool)> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.execute_batch(LAYOUT)?;
-    let typed = connection.prepare("SELECT iceberg_type FROM iceberg_tables LIMIT 0").is_ok();
+    let typed = is_typed(&connection);
     Ok((connection, typed))
+}
+
+fn connect_read_only(path: &Path) -> rusqlite::Result<Option<(Connection, bool)>> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    let known: i64 =
+        connection
+            .query_row("SELECT count(*) FROM sqlite_master WHERE name = 'iceberg_tables'", [], |row| row.get(0))?;
+    let typed = is_typed(&connection);
+    Ok((known > 0).then_some((connection, typed)))
+}
+
+fn is_typed(connection: &Connection) -> bool {
+    connection.prepare("SELECT iceberg_type FROM iceberg_tables LIMIT 0").is_ok()
 }
 
 /// False: the name is taken.
