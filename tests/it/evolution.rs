@@ -1,10 +1,19 @@
+use std::collections::BTreeMap;
 use std::fs;
+use std::sync::Arc;
 
+use arrow::array::{ArrayRef, Float64Array, Int32Array, ListArray, RecordBatch, StringArray, StructArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Fields, Schema};
+use floe::config::CatalogConfig;
+use floe::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableSpec};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::support::broker::Broker;
 use crate::support::check::{ROWS, everything, records};
 use crate::support::floe::{Ended, Floe, Pipeline};
+use crate::support::reader::Tables;
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;
 
@@ -211,4 +220,60 @@ fn a_table_that_cannot_be_created_is_found_by_check() {
     pipeline.set("rows.partition_by", vec!["event_timestamp".to_string()]);
     check(&pipeline).expect_code(1).expect_output(&["telemetry.events", "would make a partition of every value"]);
     assert!(!pipeline.catalog().exists());
+}
+
+/// A table of a struct and of a list of structs, each with the given columns, and one row.
+fn nested(children: Vec<(&str, ArrayRef)>) -> RecordBatch {
+    let fields: Fields = children.iter().map(|(name, a)| Field::new(*name, a.data_type().clone(), true)).collect();
+    let place = StructArray::new(fields.clone(), children.into_iter().map(|(_, a)| a).collect(), None);
+    let element = Arc::new(Field::new("element", DataType::Struct(fields), true));
+    let list = ListArray::new(element, OffsetBuffer::from_lengths([1]), Arc::new(place.clone()), None);
+    let schema = Schema::new(vec![
+        Field::new("place", place.data_type().clone(), true),
+        Field::new("stops", list.data_type().clone(), true),
+    ]);
+    RecordBatch::try_new(Arc::new(schema), vec![Arc::new(place), Arc::new(list)]).unwrap()
+}
+
+/// Inside structs, and inside the structs of lists, other readers find null in older rows too.
+#[test]
+fn nested_columns_are_added() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = CatalogConfig::Sqlite {
+        path: dir.path().join("catalog.db"),
+        warehouse: dir.path().join("warehouse").display().to_string(),
+    };
+    let lat = || Arc::new(Float64Array::from(vec![1.5])) as ArrayRef;
+    let n = |n: i32| Arc::new(Int32Array::from(vec![n])) as ArrayRef;
+    let name = Arc::new(StringArray::from(vec!["b"])) as ArrayRef;
+    let versions = [nested(vec![("lat", lat()), ("n", n(1))]), nested(vec![("name", name), ("lat", lat()), ("n", n(2))])];
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let query_id = Uuid::new_v4();
+    for (batch, rows) in (0..).zip(versions) {
+        let spec = TableSpec {
+            name: "t.nested".into(),
+            schema: rows.schema(),
+            partition_by: vec![],
+            sort_by: vec![],
+            properties: BTreeMap::new(),
+        };
+        let sink = runtime.block_on(IcebergSink::open(&catalog, query_id, "nested", &[spec])).unwrap();
+        let mut writer = sink.writer(0, batch, Uuid::new_v4(), 0);
+        writer.write(&rows).unwrap();
+        let commit = BatchCommit {
+            marker: Marker { pipeline: "nested".into(), batch, plan: format!("sha256:{batch}") },
+            tables: BTreeMap::new(),
+            summary: BTreeMap::new(),
+            files: vec![writer.finish().unwrap()],
+        };
+        runtime.block_on(sink.commit(&commit)).unwrap();
+    }
+    type Row = (f64, i32, Option<String>, f64, Option<String>);
+    let tables = Tables::new(dir.path().join("catalog.db"));
+    let rows: Vec<Row> = tables.query(
+        "select place.lat, place.n, place.name, stops[1].lat, stops[1].name from {t.nested} order by place.n",
+    );
+    let b = Some("b".to_string());
+    assert_eq!(rows, [(1.5, 1, None, 1.5, None), (1.5, 2, b.clone(), 1.5, b)]);
+    assert_eq!(tables.table("t.nested").rows, Some(2));
 }

@@ -167,14 +167,12 @@ impl Inner {
 
     /// The snapshot that a batch of this query has added.
     fn snapshot_of<'a>(&self, metadata: &'a TableMetadata, batch: BatchId) -> Option<&'a SnapshotRef> {
-        metadata.snapshots().find(|snapshot| {
-            snapshot
-                .summary()
-                .additional_properties
-                .get(&self.marker_property)
-                .and_then(|json| serde_json::from_str::<Marker>(json).ok())
-                .is_some_and(|marker| marker.batch == batch)
-        })
+        let is_it = |snapshot: &&SnapshotRef| {
+            let json = snapshot.summary().additional_properties.get(&self.marker_property);
+            json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
+        };
+        // Nearly always it is the newest one.
+        metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
     }
 
     /// Writes manifest and manifest list, if there are files, and makes the table's next metadata.

@@ -23,7 +23,7 @@ pub enum Evolution {
     Same,
     Evolve {
         changes: Vec<Change>,
-        schema: Schema,
+        schema: Box<Schema>,
     },
     /// Both schemas side by side, one line a column.
     Refuse(String),
@@ -79,7 +79,7 @@ pub fn plan(table: &Schema, last_column_id: i32, wanted: &Schema) -> Evolution {
     }
     let identifiers = comparison.identifiers;
     match Schema::builder().with_fields(fields).with_identifier_field_ids(identifiers).build() {
-        Ok(schema) => Evolution::Evolve { changes: comparison.changes, schema },
+        Ok(schema) => Evolution::Evolve { changes: comparison.changes, schema: Box::new(schema) },
         Err(e) => Evolution::Refuse(format!("{}\n{e}", side_by_side(&comparison.lines))),
     }
 }
@@ -383,7 +383,7 @@ mod tests {
 
     fn evolved(table: Vec<NestedField>, last: i32, wanted: Vec<NestedField>) -> (String, Schema) {
         match plan(&schema(table), last, &schema(wanted)) {
-            Evolution::Evolve { changes, schema } => (listed(&changes), schema),
+            Evolution::Evolve { changes, schema } => (listed(&changes), *schema),
             other => panic!("{other:?}"),
         }
     }

@@ -72,7 +72,7 @@ pub async fn plan(catalog: Option<&dyn Catalog>, specs: &[TableSpec]) -> Result<
             Some(loaded) => match layout::evolution(spec, &loaded.metadata)? {
                 Evolution::Same => TableStep::Keep,
                 Evolution::Refuse(why) => TableStep::Refuse(refusal(&name, &why)),
-                Evolution::Evolve { changes, schema } => match evolution::apply(loaded, schema) {
+                Evolution::Evolve { changes, schema } => match evolution::apply(loaded, *schema) {
                     Ok(metadata) => {
                         evolved = Some(TableChange { table: name.clone(), base: loaded.clone(), metadata });
                         TableStep::Evolve(changes)
