@@ -246,7 +246,8 @@ fn nested_columns_are_added() {
     let lat = || Arc::new(Float64Array::from(vec![1.5])) as ArrayRef;
     let n = |n: i32| Arc::new(Int32Array::from(vec![n])) as ArrayRef;
     let name = Arc::new(StringArray::from(vec!["b"])) as ArrayRef;
-    let versions = [nested(vec![("lat", lat()), ("n", n(1))]), nested(vec![("name", name), ("lat", lat()), ("n", n(2))])];
+    let versions =
+        [nested(vec![("lat", lat()), ("n", n(1))]), nested(vec![("name", name), ("lat", lat()), ("n", n(2))])];
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let query_id = Uuid::new_v4();
     for (batch, rows) in (0..).zip(versions) {
@@ -270,9 +271,8 @@ fn nested_columns_are_added() {
     }
     type Row = (f64, i32, Option<String>, f64, Option<String>);
     let tables = Tables::new(dir.path().join("catalog.db"));
-    let rows: Vec<Row> = tables.query(
-        "select place.lat, place.n, place.name, stops[1].lat, stops[1].name from {t.nested} order by place.n",
-    );
+    let rows: Vec<Row> = tables
+        .query("select place.lat, place.n, place.name, stops[1].lat, stops[1].name from {t.nested} order by place.n");
     let b = Some("b".to_string());
     assert_eq!(rows, [(1.5, 1, None, 1.5, None), (1.5, 2, b.clone(), 1.5, b)]);
     assert_eq!(tables.table("t.nested").rows, Some(2));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName};
 use super::evolution::{self, Change, Evolution};
 use super::{TableSpec, layout, metadata};
-use crate::retry::Strategy;
+use crate::retry::{Strategy, random};
 use crate::sink::Error;
 
 const ATTEMPTS: u32 = 20;
@@ -134,7 +134,7 @@ pub async fn carry_out(
             }
             Err(CommitError::Conflict(message)) => {
                 overtaken = message;
-                tokio::time::sleep(BACKOFF.delay(attempt, super::commit::random())).await;
+                tokio::time::sleep(BACKOFF.delay(attempt, random())).await;
             }
             Err(CommitError::Failed(error)) => return Err(error),
         }
