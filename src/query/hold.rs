@@ -67,7 +67,7 @@ fn sample(counts: &Counts) -> Sample {
 }
 
 impl StreamingQuery {
-    /// Whether the query waits with an error of this kind rather than end: a service does, a job has somebody to tell.
+    /// Whether the query waits after this error rather than end: a service does, a job has somebody who waits for its end.
     pub(super) fn waits_for(&self, error: &Error) -> bool {
         matches!(error, Error::BreakerOpen { .. }) && self.config.trigger != Trigger::AvailableNow
     }

@@ -305,7 +305,7 @@ fn a_job_ends_and_says_what_to_do() {
     // Failed expectations count as refused, dropped rows do not.
     send(name, &(1_000..1_500).map(message).collect::<Vec<_>>());
     pipeline.set("quality.expect", expectations(&[("few", "duration_ms < 1100", "dead_letter")]));
-    pipeline.spawn().wait().expect_code(3).expect_output(&["batch 1 is held back", "expectation_failed 400"]);
+    pipeline.spawn().wait().expect_code(3).expect_output(&["is held back", "expectation_failed 400"]);
     pipeline.set("quality.expect", expectations(&[("few", "duration_ms < 1100", "drop")]));
     pipeline.run();
     assert_eq!(offsets_in_tables(&pipeline.tables()), 600);
