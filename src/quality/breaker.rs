@@ -98,11 +98,11 @@ impl Breaker {
         self.held.take().is_some()
     }
 
-    /// The batch is committed because a person said so: what it was held back for counts no longer, or the next batch
-    /// would be held back for it again.
-    pub fn passed_by_hand(&mut self) {
+    /// The batch is committed without regard to the limit, because a person said so: what it was held back for counts no
+    /// longer, or the next batch would be held back for it again. True when it had been held back.
+    pub fn passed_regardless(&mut self) -> bool {
         self.passed.clear();
-        self.held = None;
+        self.held.take().is_some()
     }
 
     /// How long to wait before the batch that is held back is tried again.
@@ -187,7 +187,7 @@ mod tests {
         let mut breaker = breaker(0.1, 100);
         breaker.passed(0, sample(99, 99));
         assert!(breaker.check(1, 1, sample(100, 100)).is_err());
-        breaker.passed_by_hand();
+        assert!(breaker.passed_regardless());
         assert!(breaker.held.is_none());
         assert!(breaker.check(2, 2, sample(50, 50)).is_ok());
     }

@@ -104,12 +104,8 @@ impl StreamingQuery {
     pub(super) fn let_through(&mut self, batch: u64, passed: Passed) {
         let Some(breaker) = &mut self.breaker else { return };
         let was_open = match passed {
-            Passed::Unasked => return,
             Passed::Below(sample) => breaker.passed((self.clock)(), sample),
-            Passed::ByHand => {
-                breaker.passed_by_hand();
-                true
-            }
+            Passed::Unasked | Passed::ByHand => breaker.passed_regardless(),
         };
         if was_open {
             tracing::info!(batch, "circuit breaker closed");
