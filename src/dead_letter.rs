@@ -37,6 +37,8 @@ pub enum Reason {
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
+    /// It is valid, and fails an expectation with `on_fail = "dead_letter"`.
+    ExpectationFailed,
     /// A window's integer sum did not fit; the window's value is null.
     Overflow,
     /// Not a record: offsets that expired before they were read (`fail_on_data_loss = false`).
@@ -44,7 +46,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 19] = [
+    pub const ALL: [Reason; 20] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -62,9 +64,15 @@ impl Reason {
         Reason::UnknownField,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
+        Reason::ExpectationFailed,
         Reason::Overflow,
         Reason::DataLoss,
     ];
+
+    /// Whether it is about a record; the others come on top of them.
+    pub fn is_of_a_record(self) -> bool {
+        !matches!(self, Reason::Overflow | Reason::DataLoss)
+    }
 
     pub fn code(self) -> &'static str {
         match self {
@@ -85,6 +93,7 @@ impl Reason {
             Reason::UnknownField => "unknown_field",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
+            Reason::ExpectationFailed => "expectation_failed",
             Reason::Overflow => "overflow",
             Reason::DataLoss => "data_loss",
         }

@@ -30,6 +30,7 @@ use crate::dead_letter::{self, Reason};
 use crate::decode::{Decoder, Rejection};
 use crate::error::Error;
 use crate::pipeline::Pipeline;
+use crate::quality::Violation;
 use crate::sink::iceberg::{IcebergSink, TableWriter};
 use crate::source::{Chunk, Chunks};
 use crate::state::{ClosedWindow, Lane, StateStore};
@@ -63,11 +64,16 @@ pub fn execute(
         cancel,
         chunks: Mutex::new(chunks),
         lanes: plan.ranges.keys().map(|_| OrderedLane::new(pipeline, plan)).collect(),
+        violation: Mutex::new(None),
     };
 
     let mut account = Account::new(pipeline);
     for output in run_workers(workers, cancel, |worker| job.read(worker))? {
         account.add(output);
+    }
+    // All of the batch has been looked at: the record that is named is the first one whoever was faster.
+    if let Some(violation) = lock(&job.violation).take() {
+        return Err(Error::Expectation(violation));
     }
     if !plan.gaps.is_empty() {
         let mut tables = job.writers(workers);
@@ -198,6 +204,8 @@ struct Job<'a> {
     cancel: &'a AtomicBool,
     chunks: Mutex<Chunks>,
     lanes: Vec<OrderedLane>,
+    /// The first record that an expectation does not let pass.
+    violation: Mutex<Option<Violation>>,
 }
 
 impl<'a> Job<'a> {
@@ -259,6 +267,7 @@ impl<'a> Job<'a> {
             counts.filtered += (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
             batch = transformed.batch;
         }
+        self.expect(chunk, &mut batch, &mut records, &mut rejected, counts)?;
 
         counts.records += chunk.records.len() as u64;
         counts.bytes += chunk.data.len() as u64;
@@ -281,6 +290,50 @@ impl<'a> Job<'a> {
         }
         if !self.pipeline.windows.is_empty() {
             self.lanes[chunk.lane].submit(chunk.sequence, batch, self)?;
+        }
+        Ok(())
+    }
+
+    /// `[[quality.expect]]`: what valid rows are to be beyond the schema.
+    fn expect(
+        &self,
+        chunk: &Chunk,
+        batch: &mut RecordBatch,
+        records: &mut Vec<u32>,
+        rejected: &mut Vec<Rejection>,
+        counts: &mut Counts,
+    ) -> Result<(), Error> {
+        let Some(expectations) = &self.pipeline.expectations else { return Ok(()) };
+        let internal = |e: &dyn std::fmt::Display| Error::Internal(format!("expectations: {e}"));
+        let checked = expectations.check(batch).map_err(|e| internal(&e))?;
+        for (expectation, failures) in expectations.iter().zip(&checked.failures) {
+            *counts.expectations.entry(expectation.name.clone()).or_default() += failures;
+        }
+        if let Some((row, index)) = checked.violation
+            && let Some(expectation) = expectations.get(index)
+        {
+            let found = Violation {
+                topic: chunk.topic.clone(),
+                partition: chunk.partition,
+                offset: chunk.records[records[row] as usize].offset,
+                name: expectation.name.clone(),
+                sql: expectation.sql.clone(),
+            };
+            let mut first = lock(&self.violation);
+            if first.as_ref().is_none_or(|first| found < *first) {
+                *first = Some(found);
+            }
+        }
+        counts.dropped += checked.dropped;
+        rejected.extend(checked.refused.into_iter().map(|(row, message)| Rejection {
+            record: records[row],
+            reason: Reason::ExpectationFailed,
+            path: "$".into(),
+            message: message.into(),
+        }));
+        if let Some(kept) = &checked.kept {
+            *batch = filter_record_batch(batch, kept).map_err(|e| internal(&e))?;
+            *records = keep_records(records, kept);
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 //! - [`source`]: records out of Kafka, exactly the planned ranges.
 //! - [`schema`], [`decode`]: JSON Schema to columns; payloads to columns or dead letters.
 //! - [`transform`]: SQL filter and derived columns.
+//! - [`quality`]: expectations on rows; the circuit breaker on refused records.
 //! - [`window`], [`state`]: window assignment and the watermark; open windows and their groups.
 //! - [`sink`], [`dead_letter`]: Iceberg tables; what becomes of records that were refused.
 //! - [`config`], [`cli`]: what the user writes; one file a subcommand.
@@ -25,6 +26,7 @@ pub mod error;
 pub mod execute;
 pub mod failpoint;
 pub mod pipeline;
+pub mod quality;
 pub mod query;
 pub mod retry;
 pub mod schema;

@@ -3,9 +3,11 @@
 
 pub mod check;
 pub mod demo;
+pub mod resume;
 pub mod run;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -30,6 +32,8 @@ enum Command {
     Run(File),
     /// Look for every mistake in a configuration, then try broker, catalog and stores. Creates no table.
     Check(File),
+    /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
+    Resume(File),
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
@@ -83,6 +87,12 @@ impl Cli {
                 check::check(&load(&file)?).await?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Resume(File { file }) => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let done = resume::resume(&load(&file)?).await?;
+                writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -107,6 +117,7 @@ mod tests {
         for (line, ok) in [
             ("floe run pipeline.toml", true),
             ("floe check pipeline.toml", true),
+            ("floe resume pipeline.toml", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             ("floe", false),

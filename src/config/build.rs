@@ -38,6 +38,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let trigger = trigger(r);
     let schema = schema(r);
     let transform = TransformConfig { filter: r.text("transform.filter"), columns: r.map("transform.columns") };
+    let quality = quality(r);
     let event_time = event_time(r);
     let rows = r.has("rows").then(|| table(r, "rows"));
     let windows = windows(r);
@@ -63,6 +64,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         trigger,
         schema,
         transform,
+        quality,
         event_time,
         rows,
         windows,
@@ -81,6 +83,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         let found = pipeline::compile_pipeline(
             &config.schema.arrow,
             &config.transform,
+            &config.quality.expectations,
             config.event_time.as_ref(),
             &config.windows,
         );
@@ -220,6 +223,54 @@ fn schema(r: &mut Reader<'_>) -> Option<(Arc<Schema>, String)> {
             None
         }
     }
+}
+
+fn quality(r: &mut Reader<'_>) -> QualityConfig {
+    let mut expectations: Vec<ExpectationConfig> = Vec::new();
+    for index in 0.. {
+        let section = format!("quality.expect.{index}");
+        if !r.has(&section) {
+            break;
+        }
+        let key = format!("{section}.name");
+        r.required(&key);
+        r.required(&format!("{section}.sql"));
+        let name = r.text(&key).unwrap_or_default();
+        if r.has(&key) && !is_plain(&name, 128) {
+            r.error(&key, format!("found {name:?}, allowed are up to 128 letters, digits, '.', '_' and '-'"));
+        } else if !name.is_empty() && expectations.iter().any(|e| e.name == name) {
+            r.error(&key, format!("{name:?} is the name of another expectation"));
+        }
+        let sql = r.text(&format!("{section}.sql")).unwrap_or_default();
+        let key = format!("{section}.on_fail");
+        let found = r.text(&key);
+        let on_fail = OnFail::ALL.into_iter().find(|o| found.as_deref() == Some(o.name()));
+        if let (Some(found), None) = (&found, on_fail) {
+            let allowed = OnFail::ALL.map(|o| format!("{:?}", o.name())).join(", ");
+            r.error(&key, format!("found {found:?}, allowed are {allowed}"));
+        }
+        expectations.push(ExpectationConfig { name, sql, on_fail: on_fail.unwrap_or(OnFail::Warn) });
+    }
+    let max_error_rate = r.share("quality.max_error_rate");
+    let min_records = r.integer("quality.min_records").unwrap_or(1);
+    let window = r.duration("quality.window").unwrap_or_default();
+    let probe_interval = r.duration("quality.probe_interval").unwrap_or_default();
+    for key in ["quality.min_records", "quality.window", "quality.probe_interval"] {
+        if r.has(key) && !r.has("quality.max_error_rate") {
+            r.error(key, "has no meaning without quality.max_error_rate");
+        }
+    }
+    if min_records == 0 {
+        r.error("quality.min_records", "found 0, allowed is 1 or more");
+    }
+    for (key, duration) in [("quality.window", window), ("quality.probe_interval", probe_interval)] {
+        if duration.is_zero() && r.has(key) {
+            r.error(key, "found 0, allowed is a duration above 0");
+        }
+    }
+    let breaker =
+        max_error_rate.map(|max_error_rate| BreakerConfig { max_error_rate, min_records, window, probe_interval });
+    QualityConfig { expectations, breaker }
 }
 
 fn event_time(r: &mut Reader<'_>) -> Option<EventTimeConfig> {

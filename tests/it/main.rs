@@ -30,6 +30,8 @@ mod invalid_data;
 mod operating;
 /// Two processes on one checkpoint.
 mod ownership;
+/// Expectations on rows; too many refused records hold a batch back.
+mod quality;
 /// Killed at random moments.
 mod random_kills;
 /// The checkpoint on an S3-compatible store.

@@ -33,7 +33,8 @@ const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis
 pub struct Marker {
     pub pipeline: String,
     pub batch: BatchId,
-    /// `sha256:<hex>` of the plan as logged.
+    /// `sha256:<hex>` of the plan as logged; with `+<fingerprint>` where the batch was executed with another configuration
+    /// than it was planned with.
     pub plan: String,
 }
 
@@ -334,7 +335,7 @@ impl Inner {
     }
 
     /// Best effort: files of an attempt that certainly was not committed.
-    async fn forget(&self, written: impl Iterator<Item = String>) {
+    pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
         futures::stream::iter(written)
             .for_each_concurrent(4, |location| async move {
                 if let Err(error) = self.file_io.delete(&location).await {

@@ -159,6 +159,11 @@ impl IcebergSink {
         self.0.commit(commit).await
     }
 
+    /// Best effort: deletes the data files of an attempt that will not be committed.
+    pub async fn discard(&self, files: &[Vec<DataFile>]) {
+        self.0.forget(files.iter().flatten().map(|file| file.file_path().to_string())).await;
+    }
+
     /// Deletes data files of failed attempts at `batch` and returns how many. Only to be called once a commit has confirmed
     /// the marker in every table. Files that the batch's snapshot references stay; where that snapshot cannot be found,
     /// everything stays.
