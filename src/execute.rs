@@ -239,27 +239,9 @@ impl<'a> Job<'a> {
         writers: &mut Writers<'_>,
         counts: &mut Counts,
     ) -> Result<(), Error> {
-        let decoded = decoder.decode(chunk);
-        let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
-        self.refuse_future(&mut batch, &mut records, &mut rejected)?;
-        let decoded_rows = batch.num_rows();
-        if let Some(transform) = &self.pipeline.transform {
-            let transformed = transform.apply(&batch)?;
-            for (row, message) in &transformed.failed {
-                rejected.push(Rejection {
-                    record: records[*row],
-                    reason: Reason::ExpressionFailed,
-                    path: "$".into(),
-                    message: message.clone().into(),
-                });
-            }
-            if let Some(kept) = &transformed.kept {
-                records = kept.iter().map(|&row| records[row as usize]).collect();
-            }
-            counts.filtered += (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
-            batch = transformed.batch;
-        }
-
+        let Admitted { batch, records, rejected, filtered } =
+            admit(self.pipeline, self.plan.trigger_time_ms, chunk, decoder)?;
+        counts.filtered += filtered;
         counts.records += chunk.records.len() as u64;
         counts.bytes += chunk.data.len() as u64;
         counts.rows += batch.num_rows() as u64;
@@ -268,7 +250,13 @@ impl<'a> Job<'a> {
         }
 
         if !rejected.is_empty() {
-            let dead = dead_letter::from_rejections(chunk, &rejected, self.plan.batch, self.plan.trigger_time_ms);
+            let dead = dead_letter::from_rejections(
+                chunk,
+                &rejected,
+                &self.pipeline.schema.fingerprint,
+                self.plan.batch,
+                self.plan.trigger_time_ms,
+            );
             writers.write(self.pipeline.dead_letters, &dead)?;
         }
         if let Some(table) = self.pipeline.rows {
@@ -284,36 +272,77 @@ impl<'a> Job<'a> {
         }
         Ok(())
     }
+}
 
-    /// A device with its clock in 2099 costs a dead letter, not everyone's windows.
-    fn refuse_future(
-        &self,
-        batch: &mut RecordBatch,
-        records: &mut Vec<u32>,
-        rejected: &mut Vec<Rejection>,
-    ) -> Result<(), Error> {
-        let Some((column, max_future)) = self.pipeline.future_guard else { return Ok(()) };
-        let limit_us = self.plan.trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
-        let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
-        if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
-            return Ok(());
-        }
-        let kept: BooleanArray =
-            (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
-        let name = &self.pipeline.schema.fields[column].name;
-        for row in (0..times.len()).filter(|&row| !kept.value(row)) {
-            let at = timestamp_text(times.value(row));
+/// What became of the records of one chunk: each is a row, or refused, or left out by the filter.
+pub struct Admitted {
+    /// The columns that reach the tables; row i is record `records[i]` of the chunk.
+    pub batch: RecordBatch,
+    pub records: Vec<u32>,
+    pub rejected: Vec<Rejection>,
+    pub filtered: u64,
+}
+
+/// Decoding, checks and `[transform]`: the way of a record into the tables, the first time and when a dead letter is
+/// tried again.
+pub fn admit(
+    pipeline: &Pipeline,
+    trigger_time_ms: i64,
+    chunk: &Chunk,
+    decoder: &mut Decoder,
+) -> Result<Admitted, Error> {
+    let decoded = decoder.decode(chunk);
+    let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
+    refuse_future(pipeline, trigger_time_ms, &mut batch, &mut records, &mut rejected)?;
+    let decoded_rows = batch.num_rows();
+    let mut filtered = 0;
+    if let Some(transform) = &pipeline.transform {
+        let transformed = transform.apply(&batch)?;
+        for (row, message) in &transformed.failed {
             rejected.push(Rejection {
-                record: records[row],
-                reason: Reason::FutureEventTime,
-                path: format!("$.{name}").into(),
-                message: format!("{at} is more than {max_future:?} ahead of the batch's trigger time").into(),
+                record: records[*row],
+                reason: Reason::ExpressionFailed,
+                path: "$".into(),
+                message: message.clone().into(),
             });
         }
-        *batch = filter_record_batch(batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
-        *records = keep_records(records, &kept);
-        Ok(())
+        if let Some(kept) = &transformed.kept {
+            records = kept.iter().map(|&row| records[row as usize]).collect();
+        }
+        filtered = (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
+        batch = transformed.batch;
     }
+    Ok(Admitted { batch, records, rejected, filtered })
+}
+
+/// A device with its clock in 2099 costs a dead letter, not everyone's windows.
+fn refuse_future(
+    pipeline: &Pipeline,
+    trigger_time_ms: i64,
+    batch: &mut RecordBatch,
+    records: &mut Vec<u32>,
+    rejected: &mut Vec<Rejection>,
+) -> Result<(), Error> {
+    let Some((column, max_future)) = pipeline.future_guard else { return Ok(()) };
+    let limit_us = trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
+    let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
+    if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
+        return Ok(());
+    }
+    let kept: BooleanArray = (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
+    let name = &pipeline.schema.fields[column].name;
+    for row in (0..times.len()).filter(|&row| !kept.value(row)) {
+        let at = timestamp_text(times.value(row));
+        rejected.push(Rejection {
+            record: records[row],
+            reason: Reason::FutureEventTime,
+            path: format!("$.{name}").into(),
+            message: format!("{at} is more than {max_future:?} ahead of the batch's trigger time").into(),
+        });
+    }
+    *batch = filter_record_batch(batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
+    *records = keep_records(records, &kept);
+    Ok(())
 }
 
 fn timestamp_text(micros: i64) -> String {
@@ -343,7 +372,8 @@ pub fn rows_schema(columns: &SchemaRef, provenance: bool) -> SchemaRef {
     Arc::new(ArrowSchema::new(fields))
 }
 
-fn with_provenance(
+/// `batch` with the columns that say where each row came from; `records` are its rows' indices in the chunk.
+pub fn with_provenance(
     schema: &SchemaRef,
     batch: &RecordBatch,
     chunk: &Chunk,

@@ -493,6 +493,7 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
         "headers",
         "batch_id",
         "recorded_at",
+        "schema_fingerprint",
     ];
     check_layout(r, "dead_letters", &config.dead_letters, &dead);
 }

@@ -15,7 +15,7 @@ mod read;
 pub mod settings;
 #[cfg(test)]
 mod tests;
-mod units;
+pub(crate) mod units;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -18,6 +18,8 @@ mod checkpoint;
 mod data_loss;
 /// `floe demo`.
 mod demo;
+/// Dead letters listed, shown and tried again: each becomes a row once, whatever is killed and whoever commits meanwhile.
+mod dlq;
 /// Killed at every step of the protocol, each offset is in the tables once.
 mod exactly_once;
 /// The harness itself: the generator's truth and the readers.

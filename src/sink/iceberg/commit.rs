@@ -203,7 +203,7 @@ impl Inner {
         Ok(Staged { change: TableChange { table: table.name.clone(), base: loaded.clone(), metadata }, written })
     }
 
-    async fn append(
+    pub(super) async fn append(
         &self,
         table: &BoundTable,
         metadata: &TableMetadata,
@@ -269,7 +269,11 @@ impl Inner {
             .build())
     }
 
-    async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
+    pub(super) async fn manifests(
+        &self,
+        metadata: &TableMetadata,
+        snapshot: &Snapshot,
+    ) -> iceberg::Result<ManifestList> {
         let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
         ManifestList::parse_with_version(&bytes, metadata.format_version())
     }
@@ -315,12 +319,12 @@ impl Inner {
         Ok(removed)
     }
 
-    async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
+    pub(super) async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
         self.file_io.new_input(location)?.read().await
     }
 
     /// Best effort: files of an attempt that certainly was not committed.
-    async fn forget(&self, written: impl Iterator<Item = String>) {
+    pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
         futures::stream::iter(written)
             .for_each_concurrent(4, |location| async move {
                 if let Err(error) = self.file_io.delete(&location).await {

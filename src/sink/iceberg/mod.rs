@@ -9,6 +9,7 @@ mod catalog;
 mod commit;
 mod files;
 mod layout;
+mod read;
 mod sqlite;
 mod storage;
 #[cfg(test)]
@@ -33,8 +34,10 @@ use crate::sink::Error;
 
 pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
 pub use self::files::TableWriter;
+pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
-pub use iceberg::spec::DataFile;
+pub use iceberg::expr::{Predicate, Reference};
+pub use iceberg::spec::{DataFile, Datum};
 
 const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
 
@@ -145,6 +148,11 @@ impl IcebergSink {
     pub fn writer(&self, table: usize, batch: BatchId, attempt: Uuid, worker: usize) -> TableWriter {
         let prefix = files::name_prefix(self.0.query_id, batch);
         TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), &prefix, attempt, worker)
+    }
+
+    /// A writer for rows that belong to no batch. No batch's files begin with `prefix`, so none tidies them away.
+    pub fn writer_of(&self, table: usize, prefix: &str, attempt: Uuid) -> TableWriter {
+        TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), prefix, attempt, 0)
     }
 
     /// Step 5 of the protocol. Safe to call again with the same batch: what is there is left alone.
