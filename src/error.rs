@@ -139,7 +139,7 @@ fn gaps_text(gaps: &[Gap]) -> String {
 fn deadline_setting(stage: &str) -> &str {
     match stage {
         "wal_commit" | "state_commit" | "commit_log" => "checkpoint",
-        "commit_tables" => "commit",
+        "commit_tables" | "publish_dead_letters" => "commit",
         stage => stage,
     }
 }

@@ -10,7 +10,8 @@
 //! - [`schema`], [`decode`]: JSON Schema to columns; payloads to columns or dead letters.
 //! - [`transform`]: SQL filter and derived columns.
 //! - [`window`], [`state`]: window assignment and the watermark; open windows and their groups.
-//! - [`sink`], [`dead_letter`]: Iceberg tables; what becomes of records that were refused.
+//! - [`sink`], [`dead_letter`]: Iceberg tables; what becomes of records that were refused. librdkafka is used in
+//!   [`source::kafka`] and [`sink::kafka`] and nowhere else.
 //! - [`config`], [`cli`]: what the user writes; one file a subcommand.
 //! - [`storage`], [`retry`], [`telemetry`], [`clock`], [`error`], [`failpoint`]: what all of them stand on.
 

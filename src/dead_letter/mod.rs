@@ -6,6 +6,7 @@
 
 pub mod letters;
 pub mod retry;
+pub mod topic;
 
 use std::sync::Arc;
 

@@ -16,6 +16,8 @@ mod check;
 mod checkpoint;
 /// Expired offsets, topics re-created, partitions added.
 mod data_loss;
+/// The Kafka topic of dead letters has each refused offset once, whatever is killed.
+mod dead_letter_topic;
 /// `floe demo`.
 mod demo;
 /// Dead letters listed, shown and tried again: each becomes a row once, whatever is killed and whoever commits meanwhile.
