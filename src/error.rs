@@ -152,7 +152,7 @@ fn gaps_text(gaps: &[Gap]) -> String {
 fn deadline_setting(stage: &str) -> &str {
     match stage {
         "wal_commit" | "breaker" | "state_commit" | "commit_log" => "checkpoint",
-        "commit_tables" => "commit",
+        "commit_tables" | "publish_dead_letters" => "commit",
         stage => stage,
     }
 }

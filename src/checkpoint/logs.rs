@@ -85,6 +85,9 @@ pub struct CommitEntry {
     pub snapshots: BTreeMap<String, Option<i64>>,
     pub counts: Counts,
     pub committed_at_ms: i64,
+    /// The topic that the batch's dead letters are owed to, once it is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dead_letter_topic: Option<String>,
 }
 
 /// Where the query stands: nothing yet; a plan to replay (no commit of its number); or all done up to the plan.

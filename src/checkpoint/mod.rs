@@ -20,7 +20,8 @@
 //! 5. **Commit** the tables. Each carries a marker: batch and digest of the plan, the bytes of `offsets/N`. A marker at N with
 //!    this digest: done, skip. Below N: commit. Anything else: fatal, this checkpoint is older than the table.
 //! 6. **Log** `commits/N`, create-if-absent, naming the state files ([`Checkpoint::log_commit`]). Only now is N done.
-//! 7. **Tidy**: [`Checkpoint::purge`].
+//! 7. **Tidy**: [`Checkpoint::purge`]. Where `commits/N` owes dead letters to a topic, they are published before N+1 is planned
+//!    ([`crate::dead_letter::topic`]).
 //!
 //! **Recovery** ([`Checkpoint::recover`]): `offsets/N` without `commits/N` means replay N from step 3 with the same ranges on
 //! the state of N-1. Every failure that is not fatal takes the same road: drop what is in memory, back off, recover.

@@ -53,6 +53,7 @@ fn commit(plan: &LoggedPlan, state: &[StateFile]) -> CommitEntry {
             ..Counts::default()
         },
         committed_at_ms: 1,
+        dead_letter_topic: None,
     }
 }
 

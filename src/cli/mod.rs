@@ -3,6 +3,7 @@
 
 pub mod check;
 pub mod demo;
+pub mod dlq;
 pub mod resume;
 pub mod run;
 
@@ -37,10 +38,13 @@ enum Command {
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
+    /// Look at dead letters, and try them again.
+    #[command(subcommand)]
+    Dlq(dlq::Dlq),
 }
 
 #[derive(Debug, Args)]
-struct File {
+pub struct File {
     /// The pipeline's configuration, TOML.
     #[arg(env = "FLOE_CONFIG")]
     file: PathBuf,
@@ -97,6 +101,11 @@ impl Cli {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
             }
+            Command::Dlq(command) => {
+                crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
+                dlq::dlq(command).await?;
+                Ok(ExitCode::SUCCESS)
+            }
         }
     }
 }
@@ -120,6 +129,14 @@ mod tests {
             ("floe resume pipeline.toml", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
+            (
+                "floe dlq list pipeline.toml --reason empty --reason wrong_type --since 2026-03-01 --by hour --json",
+                true,
+            ),
+            ("floe dlq show pipeline.toml --limit 3", true),
+            ("floe dlq retry pipeline.toml --dry-run", true),
+            ("floe dlq retry pipeline.toml --reason whatever", false),
+            ("floe dlq", false),
             ("floe", false),
         ] {
             assert_eq!(Cli::try_parse_from(line.split(' ')).is_ok(), ok, "{line}");

@@ -29,6 +29,9 @@ pub const OWNED_PROPERTIES: &[(&str, &str)] = &[
     ("allow.auto.create.topics", "a topic that is missing is a mistake"),
     ("queued.max.messages.kbytes", "set execution.buffer"),
     ("enabled_events", "events are Floe's"),
+    ("transactional.id", "set dead_letters.topic; the id is made from the query's"),
+    ("transaction.timeout.ms", "set deadlines.commit"),
+    ("enable.idempotence", "dead_letters.topic is written in transactions"),
 ];
 
 /// None when there is no use in a `Config`; errors are in the reader either way.
@@ -49,6 +52,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         r.error("windows.0", "windows need [event_time] with a column");
     }
     let dead_letters = dead_letters(r, rows.as_ref(), &windows);
+    let dead_letter_topic = dead_letter_topic(r, &source.topics);
     let catalog = catalog(r);
     let checkpoint_location =
         if r.has("checkpoint.location") { r.text("checkpoint.location") } else { Some(format!("checkpoints/{name}")) };
@@ -69,6 +73,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         rows,
         windows,
         dead_letters,
+        dead_letter_topic,
         catalog: catalog?,
         checkpoint_location: checkpoint_location?,
         http,
@@ -360,6 +365,21 @@ fn dead_letters(r: &mut Reader<'_>, rows: Option<&TableConfig>, windows: &[Windo
     }
 }
 
+fn dead_letter_topic(r: &mut Reader<'_>, read: &[String]) -> Option<String> {
+    let topic = r.text("dead_letters.topic")?;
+    if !is_plain(&topic, 249) {
+        let problem = format!("found {topic:?}, allowed are letters, digits, '.', '_' and '-', up to 249");
+        r.error("dead_letters.topic", problem);
+    }
+    if read.contains(&topic) {
+        r.error(
+            "dead_letters.topic",
+            format!("{topic:?} is among source.topics: dead letters would be read again for ever"),
+        );
+    }
+    Some(topic)
+}
+
 fn catalog(r: &mut Reader<'_>) -> Option<CatalogConfig> {
     let path = r.text("catalog.path");
     let warehouse = r.text("catalog.warehouse");
@@ -544,6 +564,7 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
         "headers",
         "batch_id",
         "recorded_at",
+        "schema_fingerprint",
     ];
     check_layout(r, "dead_letters", &config.dead_letters, &dead);
 }

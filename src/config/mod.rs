@@ -15,7 +15,7 @@ mod read;
 pub mod settings;
 #[cfg(test)]
 mod tests;
-mod units;
+pub(crate) mod units;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -45,6 +45,8 @@ pub struct Config {
     pub rows: Option<TableConfig>,
     pub windows: Vec<WindowConfig>,
     pub dead_letters: TableConfig,
+    /// A topic that gets every dead letter as well.
+    pub dead_letter_topic: Option<String>,
     pub catalog: CatalogConfig,
     /// A path or a URL (`s3://` …); relative paths are relative to the working directory.
     pub checkpoint_location: String,
@@ -99,7 +101,13 @@ impl Config {
             text.push_str(", but offsets that expire before they are read are only recorded in the dead letters");
         }
         let CatalogConfig::Sqlite { .. } = &self.catalog;
-        format!("{text}; {} tables appear together (sqlite)", self.tables().count())
+        text = format!("{text}; {} tables appear together (sqlite)", self.tables().count());
+        if let Some(topic) = &self.dead_letter_topic {
+            text.push_str(&format!(
+                "; dead letters follow in topic {topic}, each once for readers of committed records"
+            ));
+        }
+        text
     }
 }
 

@@ -105,6 +105,7 @@ pub const SETTINGS: &[Setting] = &[
     absent("dead_letters.partition_by", Kind::List),
     absent("dead_letters.sort_by", Kind::List),
     absent("dead_letters.properties", Kind::Map),
+    absent("dead_letters.topic", Kind::Text),
     default("catalog.type", Kind::Text, "sqlite"),
     default("catalog.path", Kind::Text, "data/catalog.db"),
     default("catalog.warehouse", Kind::Text, "data/warehouse"),

@@ -251,6 +251,7 @@ fn other_value(key: &str) -> &'static str {
         "rows.sort_by" => "status",
         "windows.*.sort_by" => "window_start, device_id",
         "dead_letters.sort_by" => "offset",
+        "dead_letters.topic" => "refused",
         "rows.provenance" => "true",
         "windows.*.group_by" => "device_id, status",
         "quality.expect.*.name" => "level",
@@ -275,7 +276,7 @@ fn other_value(key: &str) -> &'static str {
 fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names() {
     let document =
         SCHEMA.replace("\"status\"", "\"other_time\": {\"type\": \"string\", \"format\": \"date-time\"}, \"status\"");
-    let shown = |c: &Config| format!("{c:?}").split("fingerprint").next().unwrap().to_string();
+    let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);

@@ -45,7 +45,7 @@ impl Session {
         if self.checkpoint.is_resumed(plan.batch, digest).await? {
             return Ok(Passed::ByHand);
         }
-        self.sink.discard(&executed.files).await;
+        self.sink.discard(executed.files.iter().flatten()).await;
         let reasons: Vec<String> = executed.counts.dead_letters.iter().map(|(r, n)| format!("{r} {n}")).collect();
         let reason = format!("{trip} ({})", reasons.join(", "));
         let held = Held {

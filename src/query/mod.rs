@@ -22,6 +22,7 @@ use crate::batch::{self, BatchId, Gap, Limits, MicroBatch, Offsets, Watermarks};
 use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateFile, StateKind};
 use crate::clock::{self, ClockMs};
 use crate::config::{Config, OnFail, StartingOffsets};
+use crate::dead_letter::topic::DeadLetterTopic;
 use crate::error::{Error, Kind};
 use crate::execute::{self, Executed};
 use crate::failpoint;
@@ -219,6 +220,7 @@ struct Session {
     /// Where the partitions ended at the last planning.
     latest: Offsets,
     checkpoint_bytes: u64,
+    dead_letter_topic: Option<DeadLetterTopic>,
 }
 
 /// The last committed batch.
@@ -407,6 +409,7 @@ impl Session {
             snapshots: query.pipeline.tables.iter().map(|t| t.name.clone()).zip(committed.snapshots.clone()).collect(),
             counts: counts.clone(),
             committed_at_ms: (query.clock)(),
+            dead_letter_topic: query.config.dead_letter_topic.clone(),
         };
         with_deadline("commit_log", deadlines.checkpoint, self.checkpoint.log_commit(&entry)).await?;
         durations.insert("commit_log".into(), millis(started));
@@ -447,6 +450,11 @@ impl Session {
         self.state = Some(state);
         self.state_files = state_files;
         self.last = Some(Last { plan, watermark_next_ms });
+
+        // The batch is done and stays so; its dead letters are published before there is another one.
+        if let Some(topic) = &self.dead_letter_topic {
+            with_deadline("publish_dead_letters", deadlines.commit, topic.publish(&self.sink, &entry)).await?;
+        }
         Ok(())
     }
 

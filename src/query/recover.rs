@@ -9,6 +9,7 @@ use super::{Last, Session, StreamingQuery, blocking, warn_of_gap};
 use crate::batch::{self, Gap, MicroBatch, Offsets, TopicPartition};
 use crate::checkpoint::{self, Checkpoint, LoggedPlan};
 use crate::config::Config;
+use crate::dead_letter::topic::DeadLetterTopic;
 use crate::error::Error;
 use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
 use crate::source::Available;
@@ -35,6 +36,11 @@ impl Session {
         let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
         let tables = sink.load().await?;
         check_tables(&config, &checkpoint, &recovered, &tables)?;
+
+        let dead_letter_topic = DeadLetterTopic::open(&config, pipeline.dead_letters, checkpoint.query_id()).await?;
+        if let (Some(topic), Some(commit)) = (&dead_letter_topic, &recovered.commit) {
+            topic.settle(&sink, commit).await?;
+        }
 
         let mut pending = None;
         let mut in_tables = None;
@@ -102,6 +108,7 @@ impl Session {
             bytes_per_record,
             latest: Offsets::new(),
             checkpoint_bytes: 0,
+            dead_letter_topic,
         })
     }
 

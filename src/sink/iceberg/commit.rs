@@ -207,7 +207,7 @@ impl Inner {
         Ok(Staged { change: TableChange { table: table.name.clone(), base: loaded.clone(), metadata }, written })
     }
 
-    async fn append(
+    pub(super) async fn append(
         &self,
         table: &BoundTable,
         metadata: &TableMetadata,
@@ -284,7 +284,11 @@ impl Inner {
             .build())
     }
 
-    async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
+    pub(super) async fn manifests(
+        &self,
+        metadata: &TableMetadata,
+        snapshot: &Snapshot,
+    ) -> iceberg::Result<ManifestList> {
         let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
         ManifestList::parse_with_version(&bytes, metadata.format_version())
     }
@@ -330,7 +334,7 @@ impl Inner {
         Ok(removed)
     }
 
-    async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
+    pub(super) async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
         self.file_io.new_input(location)?.read().await
     }
 
