@@ -4,7 +4,6 @@
 //! pinned. Does not own: batches and markers ([`super::commit`]); an append leaves every marker as it is.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
 
 use arrow::record_batch::RecordBatch;
 use futures::stream::{self, BoxStream};
@@ -228,7 +227,6 @@ impl IcebergSink {
 
     /// Deletes data files that no table names, as far as that goes.
     pub async fn discard(&self, files: Vec<DataFile>) {
-        let paths: Arc<[String]> = files.iter().map(|file| file.file_path().to_string()).collect();
-        self.0.forget(paths.iter().cloned()).await;
+        self.0.forget(files.into_iter().map(|file| file.file_path().to_string())).await;
     }
 }
