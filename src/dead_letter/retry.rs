@@ -214,15 +214,15 @@ async fn present(mut rows: Rows, among: &Places) -> Result<Places, Error> {
                 "the _kafka_ columns of the rows table are not of the types Floe gives them".into(),
             ));
         };
-        let mut last: Option<((String, i32), Option<&BTreeSet<i64>>)> = None;
+        // Rows of one partition follow each other.
+        let mut partition_of: Option<(String, i32)> = None;
+        let mut wanted = None;
         for row in 0..batch.num_rows() {
             let (topic, partition, offset) = (topics.value(row), partitions.value(row), offsets.value(row));
-            if last.as_ref().is_none_or(|((t, p), _)| t != topic || *p != partition) {
-                let key = (topic.to_string(), partition);
-                let wanted = among.get(&key);
-                last = Some((key, wanted));
+            if partition_of.as_ref().is_none_or(|(t, p)| t != topic || *p != partition) {
+                wanted = among.get(partition_of.insert((topic.to_string(), partition)));
             }
-            if last.as_ref().is_some_and(|(_, wanted)| wanted.is_some_and(|wanted| wanted.contains(&offset))) {
+            if wanted.is_some_and(|wanted: &BTreeSet<i64>| wanted.contains(&offset)) {
                 insert(&mut found, topic, partition, offset);
             }
         }
