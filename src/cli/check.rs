@@ -14,6 +14,8 @@ use rusqlite::{Connection, OpenFlags};
 use super::Error;
 use crate::checkpoint::Checkpoint;
 use crate::config::{CatalogConfig, Config};
+use crate::pipeline::Pipeline;
+use crate::sink::iceberg::{IcebergSink, TableStep};
 use crate::source::Source;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::storage::Location;
@@ -44,7 +46,11 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     report("guarantee", Ok(config.guarantee()));
     let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
     report("broker", in_time(broker(config)).await);
+    if let Some(topic) = &config.dead_letter_topic {
+        report("dlq topic", in_time(dead_letter_topic(config, topic)).await);
+    }
     report("catalog", in_time(catalog(config, path)).await);
+    report("tables", in_time(tables(config)).await);
     report("warehouse", in_time(warehouse_store(warehouse)).await);
     report("checkpoint", in_time(checkpoint(config)).await);
     if failed == 0 { Ok(()) } else { Err(Error::Check { failed, probes }) }
@@ -138,6 +144,15 @@ async fn broker(config: &Config) -> Finding {
     .await
 }
 
+async fn dead_letter_topic(config: &Config, topic: &str) -> Finding {
+    let (source, topic) = (config.source.clone(), topic.to_string());
+    blocking(move || {
+        let partitions = crate::sink::kafka::partitions(&source, &topic).map_err(|e| e.to_string())?;
+        Ok(format!("topic {topic}: {partitions} partitions"))
+    })
+    .await
+}
+
 /// Reads an existing catalog; where there is none, looks whether one could be made.
 async fn catalog(config: &Config, path: &Path) -> Finding {
     let path = path.to_path_buf();
@@ -159,6 +174,15 @@ async fn catalog(config: &Config, path: &Path) -> Finding {
         Ok(format!("{shown}: tables there: {}; to be created: {}", list(there), list(missing)))
     })
     .await
+}
+
+/// What a start would do to each table, or why it would refuse to.
+async fn tables(config: &Config) -> Finding {
+    let pipeline = Pipeline::compile(config).map_err(|problems| problems.join("\n"))?;
+    let plans = IcebergSink::plan(&config.catalog, &pipeline.tables).await.map_err(|e| e.to_string())?;
+    let refused = plans.iter().any(|plan| matches!(plan.step, TableStep::Refuse(_)));
+    let lines = plans.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    if refused { Err(lines) } else { Ok(lines) }
 }
 
 fn existing_tables(path: &Path) -> rusqlite::Result<Vec<String>> {

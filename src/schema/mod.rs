@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use arrow::datatypes::{self, DataType, SchemaRef, TimeUnit};
 use regex::Regex;
+use sha2::{Digest, Sha256};
 
 pub use keywords::Types;
 pub use validator::Validator;
@@ -34,6 +35,8 @@ pub struct Schema {
     pub validator: Option<Validator>,
     /// Where keywords are that only the validator checks: `/properties/a: anyOf`.
     pub slow_keywords: Vec<String>,
+    /// The first twelve hex digits of the document's SHA-256, as `sha256sum` shows it: what dead letters name the schema by.
+    pub fingerprint: String,
 }
 
 /// A property, the element of a list or the value of a map. A property's column is at the same index in its parent.
@@ -258,6 +261,7 @@ impl Schema {
             has_extra: extra_column.is_some(),
             validator,
             slow_keywords: compiled.slow_keywords,
+            fingerprint: Sha256::digest(text).iter().take(6).map(|b| format!("{b:02x}")).collect(),
         }))
     }
 
