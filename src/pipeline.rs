@@ -10,6 +10,7 @@ use arrow::datatypes::SchemaRef;
 use crate::config::Config;
 use crate::dead_letter;
 use crate::execute;
+use crate::quality::Expectations;
 use crate::schema::Schema;
 use crate::sink::iceberg::TableSpec;
 use crate::state::WindowQuery;
@@ -19,6 +20,7 @@ use crate::transform::Transform;
 pub struct Pipeline {
     pub schema: Arc<Schema>,
     pub transform: Option<Transform>,
+    pub expectations: Option<Expectations>,
     pub queries: Arc<[WindowQuery]>,
     /// Index of the event time among the columns that reach the windows.
     pub event_time: usize,
@@ -48,6 +50,14 @@ impl Pipeline {
                 None
             });
         let columns = transform.as_ref().map_or_else(|| decoded.clone(), |t| t.output_schema());
+        let expectations = Some(&config.quality.expectations)
+            .filter(|list| !list.is_empty())
+            .map(|list| Expectations::compile(list, &columns))
+            .transpose()
+            .unwrap_or_else(|e| {
+                errors.extend(e);
+                None
+            });
         let event_time_name = config.event_time.as_ref().map_or("", |e| e.column.as_str());
 
         let mut tables = Vec::new();
@@ -85,6 +95,7 @@ impl Pipeline {
             future_guard: max_future.and_then(|m| Some((decoded.index_of(event_time_name).ok()?, m))),
             schema: config.schema.clone(),
             transform,
+            expectations,
             queries: queries.into(),
             tables,
             rows,

@@ -46,6 +46,9 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     report("guarantee", Ok(config.guarantee()));
     let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
     report("broker", in_time(broker(config)).await);
+    if let Some(topic) = &config.dead_letter_topic {
+        report("dlq topic", in_time(dead_letter_topic(config, topic)).await);
+    }
     report("catalog", in_time(catalog(config, path)).await);
     report("tables", in_time(tables(config)).await);
     report("warehouse", in_time(warehouse_store(warehouse)).await);
@@ -117,6 +120,15 @@ async fn broker(config: &Config) -> Finding {
             let _ = write!(lines, "\ntopic {topic}: {partitions} partitions, {records} offsets");
         }
         Ok(lines)
+    })
+    .await
+}
+
+async fn dead_letter_topic(config: &Config, topic: &str) -> Finding {
+    let (source, topic) = (config.source.clone(), topic.to_string());
+    blocking(move || {
+        let partitions = crate::sink::kafka::partitions(&source, &topic).map_err(|e| e.to_string())?;
+        Ok(format!("topic {topic}: {partitions} partitions"))
     })
     .await
 }

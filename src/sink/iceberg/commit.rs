@@ -33,7 +33,8 @@ const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis
 pub struct Marker {
     pub pipeline: String,
     pub batch: BatchId,
-    /// `sha256:<hex>` of the plan as logged.
+    /// `sha256:<hex>` of the plan as logged; with `+<fingerprint>` where the batch was executed with another configuration
+    /// than it was planned with.
     pub plan: String,
 }
 
@@ -206,7 +207,7 @@ impl Inner {
         Ok(Staged { change: TableChange { table: table.name.clone(), base: loaded.clone(), metadata }, written })
     }
 
-    async fn append(
+    pub(super) async fn append(
         &self,
         table: &BoundTable,
         metadata: &TableMetadata,
@@ -283,7 +284,11 @@ impl Inner {
             .build())
     }
 
-    async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
+    pub(super) async fn manifests(
+        &self,
+        metadata: &TableMetadata,
+        snapshot: &Snapshot,
+    ) -> iceberg::Result<ManifestList> {
         let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
         ManifestList::parse_with_version(&bytes, metadata.format_version())
     }
@@ -329,12 +334,12 @@ impl Inner {
         Ok(removed)
     }
 
-    async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
+    pub(super) async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
         self.file_io.new_input(location)?.read().await
     }
 
     /// Best effort: files of an attempt that certainly was not committed.
-    async fn forget(&self, written: impl Iterator<Item = String>) {
+    pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
         futures::stream::iter(written)
             .for_each_concurrent(4, |location| async move {
                 if let Err(error) = self.file_io.delete(&location).await {

@@ -13,6 +13,7 @@ mod layout;
 mod manifests;
 mod metadata;
 mod plan;
+mod read;
 mod sqlite;
 mod storage;
 #[cfg(test)]
@@ -39,8 +40,10 @@ pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
 pub use self::evolution::Change;
 pub use self::files::TableWriter;
 pub use self::plan::{TablePlan, TableStep};
+pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
-pub use iceberg::spec::DataFile;
+pub use iceberg::expr::{Predicate, Reference};
+pub use iceberg::spec::{DataFile, Datum};
 
 const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
 
@@ -154,9 +157,20 @@ impl IcebergSink {
         TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), &prefix, attempt, worker)
     }
 
+    /// A writer for rows that belong to no batch. No batch's files begin with `prefix`, so none tidies them away.
+    pub fn writer_of(&self, table: usize, prefix: &str, attempt: Uuid) -> TableWriter {
+        TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), prefix, attempt, 0)
+    }
+
     /// Step 5 of the protocol. Safe to call again with the same batch: what is there is left alone.
     pub async fn commit(&self, commit: &BatchCommit) -> Result<Committed, Error> {
         self.0.commit(commit).await
+    }
+
+    /// Best effort: deletes the data files of an attempt that will not be committed.
+    pub async fn discard(&self, files: impl IntoIterator<Item = &DataFile>) {
+        let paths: Vec<String> = files.into_iter().map(|file| file.file_path().to_string()).collect();
+        self.0.forget(paths.into_iter()).await;
     }
 
     /// Deletes data files of failed attempts at `batch` and returns how many. Only to be called once a commit has confirmed

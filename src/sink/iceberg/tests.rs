@@ -1,10 +1,12 @@
 use std::sync::Arc;
 
+use arrow::array::AsArray;
 use arrow::array::{
     ArrayRef, BinaryArray, BinaryBuilder, BooleanArray, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch,
     StringArray, StringBuilder, StructBuilder, TimestampMicrosecondArray,
 };
-use arrow::datatypes::{DataType, Field, Fields, Schema, TimeUnit};
+use arrow::datatypes::{DataType, Field, Fields, Int64Type, Schema, TimeUnit};
+use futures::TryStreamExt;
 use tempfile::TempDir;
 
 use super::*;
@@ -220,6 +222,55 @@ async fn racing_writers_retry_and_lose_nothing() {
     let events_table = metadata(&sinks[0], 0).await;
     assert_eq!(total(&events_table, "total-records"), "160");
     assert_eq!(events_table.snapshots().len(), 16);
+}
+
+async fn offsets(mut rows: Rows) -> Vec<i64> {
+    let mut offsets = Vec::new();
+    while let Some(batch) = rows.try_next().await.unwrap() {
+        assert_eq!(batch.num_columns(), 1);
+        offsets.extend(batch.column(0).as_primitive::<Int64Type>().values());
+    }
+    offsets.sort_unstable();
+    offsets
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_append_needs_the_table_that_was_pinned_and_leaves_markers_alone() {
+    const OFFSET: [&str; 1] = ["_kafka_offset"];
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &["day(event_timestamp)"])];
+    assert!(PinnedTable::open(&fixture.catalog(), "telemetry.events").await.unwrap().is_none());
+    assert!(!fixture.dir.path().join("db").exists(), "looking creates nothing");
+    let sink = fixture.open(&specs).await.unwrap();
+    let files = vec![write(&sink, 0, 1, vec![events(0, 4, DAY_US)]).await];
+    sink.commit(&batch_commit(&sink, 1, files).await).await.unwrap();
+    let base = sink.pin(0).await.unwrap();
+    let ours = write(&sink, 0, 9, vec![events(10, 4, DAY_US)]).await;
+    let meanwhile = vec![write(&sink, 0, 2, vec![events(20, 2, DAY_US)]).await];
+    let theirs = sink.commit(&batch_commit(&sink, 2, meanwhile).await).await.unwrap().snapshots[0].unwrap();
+
+    let summary = BTreeMap::from([("floe.retry-of".to_string(), "x".to_string())]);
+    assert_eq!(sink.append(0, &base, &ours, &summary).await.unwrap(), Append::Conflict);
+    let now = sink.pin(0).await.unwrap();
+    assert_eq!(offsets(now.scan_since(&base, &OFFSET, None, 100).await.unwrap()).await, [20, 21]);
+    let few = Reference::new("_kafka_offset").less_than(Datum::long(21));
+    assert_eq!(offsets(now.scan_since(&base, &OFFSET, Some(few), 100).await.unwrap()).await, [20]);
+    let Append::Done { snapshot } = sink.append(0, &now, &ours, &summary).await.unwrap() else { panic!("a conflict") };
+
+    let table = PinnedTable::open(&fixture.catalog(), "telemetry.events").await.unwrap().unwrap();
+    assert_eq!(offsets(table.scan(&OFFSET, None, 3).await.unwrap()).await, [0, 1, 2, 3, 10, 11, 12, 13, 20, 21]);
+    let some = Reference::new("_kafka_offset").is_in([Datum::long(3), Datum::long(12)]);
+    assert_eq!(offsets(table.scan(&OFFSET, Some(some), 3).await.unwrap()).await, [3, 12]);
+    for (id, expected) in [(snapshot, vec![10, 11, 12, 13]), (theirs, vec![20, 21])] {
+        let added = table.scan_added_by(id, &OFFSET, 100).await.unwrap().unwrap();
+        assert_eq!(offsets(added).await, expected);
+    }
+    assert!(table.scan_added_by(7, &OFFSET, 100).await.unwrap().is_none());
+    assert_eq!(offsets(base.scan(&OFFSET, None, 100).await.unwrap()).await, [0, 1, 2, 3], "pinned is pinned");
+    let metadata = metadata(&sink, 0).await;
+    assert_eq!(total(&metadata, "total-records"), "10");
+    assert_eq!(total(&metadata, "floe.retry-of"), "x");
+    assert_eq!(sink.load().await.unwrap()[0].marker.as_ref().unwrap().batch, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
