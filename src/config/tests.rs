@@ -241,6 +241,7 @@ fn other_value(key: &str) -> &'static str {
         "source.fail_on_data_loss" => "true",
         "trigger.available_now" => "true",
         "schema.file" => "./schema.json",
+        "schema.extra_column" => "_extra",
         "transform.filter" => "status = 'ok'",
         "event_time.column" => "other_time",
         "event_time.policy" => "global-max",

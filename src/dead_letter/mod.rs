@@ -39,6 +39,8 @@ pub enum Reason {
     BadFormat,
     BadLength,
     UnknownField,
+    /// A keyword that only the schema's validator checks, such as `anyOf`.
+    SchemaViolation,
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
@@ -51,7 +53,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 20] = [
+    pub const ALL: [Reason; 21] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -67,6 +69,7 @@ impl Reason {
         Reason::BadFormat,
         Reason::BadLength,
         Reason::UnknownField,
+        Reason::SchemaViolation,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
         Reason::ExpectationFailed,
@@ -96,6 +99,7 @@ impl Reason {
             Reason::BadFormat => "bad_format",
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
+            Reason::SchemaViolation => "schema_violation",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
             Reason::ExpectationFailed => "expectation_failed",
