@@ -832,10 +832,19 @@ async fn interop_tables() {
         path: dir.join("catalog.db"),
         warehouse: std::env::var("FLOE_INTEROP_WAREHOUSE").unwrap_or(dir.join("warehouse").to_str().unwrap().into()),
     };
-    let specs = [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id"])];
-    let sink = IcebergSink::open(&catalog, Uuid::new_v4(), "interop", &specs).await.unwrap();
-    for batch in 1..=5 {
-        let rows = vec![events(batch * 1000, 1000, DAY_US / 500)];
+    let mut specs =
+        [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id", "count"])];
+    specs.iter_mut().for_each(|s| drop(s.properties.insert("commit.manifest.min-count-to-merge".into(), "2".into())));
+    let query_id = Uuid::new_v4();
+    for batch in 1..=9 {
+        // A column more, and a partition column that is widened.
+        if batch == 5 {
+            let mut fields: Vec<_> = one_column_more(&events_schema(), "fw", DataType::Utf8).fields().to_vec();
+            fields[3] = Arc::new(Field::new("count", DataType::Int64, true));
+            specs.iter_mut().for_each(|s| s.schema = Arc::new(Schema::new(fields.clone())));
+        }
+        let sink = IcebergSink::open(&catalog, query_id, "interop", &specs).await.unwrap();
+        let rows = vec![events(batch * 20, 20, DAY_US / 500)];
         let files = vec![write(&sink, 0, batch as u64, rows.clone()).await, write(&sink, 1, batch as u64, rows).await];
         sink.commit(&batch_commit(&sink, batch as u64, files).await).await.unwrap();
     }
