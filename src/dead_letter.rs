@@ -34,6 +34,12 @@ pub enum Reason {
     BadFormat,
     BadLength,
     UnknownField,
+    /// Begins as in a schema registry's framing, and no registry is configured.
+    SchemaRegistryFraming,
+    /// The schema registry has no schema of the record's id.
+    UnknownSchemaId,
+    /// The schema of the record's id is no JSON Schema.
+    UnsupportedSchema,
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
@@ -44,7 +50,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 19] = [
+    pub const ALL: [Reason; 22] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -60,6 +66,9 @@ impl Reason {
         Reason::BadFormat,
         Reason::BadLength,
         Reason::UnknownField,
+        Reason::SchemaRegistryFraming,
+        Reason::UnknownSchemaId,
+        Reason::UnsupportedSchema,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
         Reason::Overflow,
@@ -83,6 +92,9 @@ impl Reason {
             Reason::BadFormat => "bad_format",
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
+            Reason::SchemaRegistryFraming => "schema_registry_framing",
+            Reason::UnknownSchemaId => "unknown_schema_id",
+            Reason::UnsupportedSchema => "unsupported_schema",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
             Reason::Overflow => "overflow",

@@ -37,6 +37,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let source = source(r);
     let trigger = trigger(r);
     let schema = schema(r);
+    let registry = registry::registry(r);
     let transform = TransformConfig { filter: r.text("transform.filter"), columns: r.map("transform.columns") };
     let event_time = event_time(r);
     let rows = r.has("rows").then(|| table(r, "rows"));
@@ -62,6 +63,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         source,
         trigger,
         schema,
+        registry,
         transform,
         event_time,
         rows,

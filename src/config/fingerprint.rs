@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Config, TableConfig};
 
-/// SHA-256 over a canonical form. In it: schema document, transform, event time, and of every table its name, columns and
+/// SHA-256 over a canonical form. In it: schema document, whether records are framed, transform, event time, and of every table its name, columns and
 /// keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
 /// and retry.
 pub fn fingerprint(config: &Config, schema_document: &str) -> String {
@@ -13,6 +13,7 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
     let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
     let meaning = json!({
         "schema": canonical(schema),
+        "registry": config.registry.is_some(),
         "filter": config.transform.filter,
         "columns": config.transform.columns,
         "event_time": config.event_time.as_ref().map(|e| json!({

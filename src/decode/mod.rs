@@ -10,8 +10,10 @@
 
 mod column;
 mod fault;
+pub mod framing;
 #[cfg(test)]
 mod reference;
+pub mod registry;
 mod scan;
 #[cfg(test)]
 mod tests;
@@ -26,6 +28,8 @@ use arrow::record_batch::RecordBatch;
 use crate::dead_letter::Reason;
 use crate::schema::Schema;
 use crate::source::Chunk;
+
+pub use framing::RecordDecoder;
 
 use column::Column;
 use fault::{Fault, Scan};
