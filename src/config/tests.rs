@@ -762,3 +762,32 @@ fn the_readme_knows_every_reason_and_no_metric_that_is_not_there() {
         assert!(metrics.contains(&format!("\"{name}\"")), "{name}");
     }
 }
+
+#[test]
+fn a_registry_is_read_and_its_password_is_never_shown() {
+    let with = |lines: &str| MINIMAL.replace("file = \"schema.json\"\n", &format!("file = \"schema.json\"\n{lines}\n"));
+    let config = load_ok(&with("registry = \"https://me:hunter2@registry:8081/path\""));
+    let registry = config.registry.as_ref().unwrap();
+    assert_eq!(registry.url.as_str(), "https://me:hunter2@registry:8081/path/");
+    assert_eq!(registry.place(), "https://registry:8081/path/");
+    assert!(!format!("{config:?}").contains("hunter2"));
+    assert_ne!(config.fingerprint, load_ok(MINIMAL).fingerprint);
+    let text = with("registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = \"hunter2\"");
+    let config = load_ok(&text);
+    let expected = Some(("me".to_string(), Some("hunter2".to_string())));
+    assert_eq!(config.registry.as_ref().unwrap().credentials, expected);
+    assert!(!format!("{config:?}").contains("hunter2"));
+    for lines in [
+        "registry = \"registry:hunter2\"",
+        "registry = \"http://me:hunter2@\"",
+        "registry = \"http://me:hunter2@r\"\nregistry_username = \"me\"",
+        "registry = \"http://me:hunter2@r/?a=b\"",
+        "registry_password = \"hunter2\"",
+        "registry_username = \"me\"",
+        "registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = [\"hunter2\"]",
+    ] {
+        let errors = Case::new().errors(&with(lines));
+        assert!(errors.len() == 1 && errors[0].contains("schema.registry"), "{lines}: {errors:#?}");
+        assert!(!errors[0].contains("hunter2"), "{errors:#?}");
+    }
+}

@@ -30,6 +30,8 @@ mod operating;
 mod ownership;
 /// Killed at random moments.
 mod random_kills;
+/// Records framed with a schema id, by a registry that may be away.
+mod registry;
 /// The checkpoint on an S3-compatible store.
 mod s3;
 /// TLS, SASL and secrets.
