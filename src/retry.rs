@@ -39,6 +39,11 @@ impl Strategy {
     }
 }
 
+/// What [`Strategy::delay`] takes for `random`: uniform in `[0, 1)`. Jitter needs no better source.
+pub fn random() -> f64 {
+    f64::from(uuid::Uuid::new_v4().as_fields().0) / (f64::from(u32::MAX) + 1.0)
+}
+
 /// The longest that each stage of a batch may take; a warning is logged at 80% of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Deadlines {

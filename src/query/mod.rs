@@ -25,7 +25,7 @@ use crate::error::{Error, Kind};
 use crate::execute::{self, Executed};
 use crate::failpoint;
 use crate::pipeline::Pipeline;
-use crate::retry::with_deadline;
+use crate::retry::{random, with_deadline};
 use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker};
 use crate::source::kafka::KafkaSource;
 use crate::source::{self, Available, Source};
@@ -172,11 +172,6 @@ impl StreamingQuery {
             }
         }
     }
-}
-
-/// Uniform in `[0, 1)`; jitter needs no better source.
-fn random() -> f64 {
-    (Uuid::new_v4().as_u128() >> 75) as f64 / (1u64 << 53) as f64
 }
 
 type SharedSource = Arc<Mutex<KafkaSource>>;

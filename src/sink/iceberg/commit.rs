@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::catalog::{CommitError, LoadedTable, TableChange, iceberg_error};
 use super::{BoundTable, Inner, files};
 use crate::batch::BatchId;
-use crate::retry::Strategy;
+use crate::retry::{Strategy, random};
 use crate::sink::Error;
 
 const ATTEMPTS: u32 = 20;
@@ -375,11 +375,6 @@ fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
             return id;
         }
     }
-}
-
-/// In `[0, 1)`.
-fn random() -> f64 {
-    f64::from(Uuid::new_v4().as_fields().0) / (f64::from(u32::MAX) + 1.0)
 }
 
 #[cfg(test)]
