@@ -195,7 +195,7 @@ fn sample(config: &Config) -> Result<BTreeMap<String, Sample>, String> {
     let (mut source, available) = open_source(config)?;
     let newest = |range: OffsetRange| OffsetRange { start: range.start.max(range.end - NEWEST), ..range };
     let ranges = available.partitions.into_iter().map(|(tp, range)| (tp, newest(range)));
-    let ranges: Ranges = ranges.filter(|(_, range)| range.len() > 0).collect();
+    let ranges: Ranges = ranges.filter(|(_, range)| !range.is_empty()).collect();
     let mut samples: BTreeMap<String, Sample> = BTreeMap::new();
     for chunk in source.read(&ranges).map_err(|e| e.to_string())? {
         let chunk = chunk.map_err(|e| e.to_string())?;
