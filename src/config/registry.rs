@@ -26,7 +26,11 @@ impl RegistryConfig {
 
 impl fmt::Debug for RegistryConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RegistryConfig").field("url", &self.place()).finish_non_exhaustive()
+        let username = self.credentials.as_ref().map(|(name, _)| name);
+        f.debug_struct("RegistryConfig")
+            .field("url", &self.place())
+            .field("username", &username)
+            .finish_non_exhaustive()
     }
 }
 

@@ -222,6 +222,8 @@ fn other_value(key: &str) -> &'static str {
         "source.min_offsets_per_trigger" => "11",
         "source.fail_on_data_loss" => "true",
         "trigger.available_now" => "true",
+        "schema.registry" => "https://other",
+        "schema.registry_username" | "schema.registry_password" => "other",
         "schema.file" => "./schema.json",
         "transform.filter" => "status = 'ok'",
         "event_time.column" => "other_time",
@@ -252,25 +254,30 @@ fn other_value(key: &str) -> &'static str {
 fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names() {
     let document =
         SCHEMA.replace("\"status\"", "\"other_time\": {\"type\": \"string\", \"format\": \"date-time\"}, \"status\"");
+    let registry =
+        "registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = \"hunter2\"\n[transform]\n";
+    let full = FULL.replace("[transform]\n", registry);
     let shown = |c: &Config| format!("{c:?}").split("fingerprint").next().unwrap().to_string();
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);
         let mut case = Case::new();
         fs::write(case.folder.path().join("schema.json"), &document).unwrap();
-        let before = shown(&case.load(FULL).unwrap());
+        let before = shown(&case.load(&full).unwrap());
         case.env.insert(variable.clone(), value.into());
-        let by_variable = shown(&case.load(FULL).unwrap_or_else(|e| panic!("{variable}: {e}")));
-        let same_by_nature = ["schema.file", "event_time.policy", "catalog.type"].contains(&setting.key);
+        let by_variable = shown(&case.load(&full).unwrap_or_else(|e| panic!("{variable}: {e}")));
+        // A password is not shown.
+        let same_by_nature =
+            ["schema.file", "schema.registry_password", "event_time.policy", "catalog.type"].contains(&setting.key);
         assert_eq!(by_variable == before, same_by_nature, "{variable} has no effect");
 
         let mounted = case.folder.path().join("mounted");
         fs::write(&mounted, format!("{value}\n")).unwrap();
         case.env = BTreeMap::from([(format!("{variable}_FILE"), mounted.to_str().unwrap().to_string())]);
-        assert_eq!(shown(&case.load(FULL).unwrap()), by_variable, "{variable}_FILE");
+        assert_eq!(shown(&case.load(&full).unwrap()), by_variable, "{variable}_FILE");
 
         case.env.insert(variable.clone(), value.into());
-        let errors = case.errors(FULL);
+        let errors = case.errors(&full);
         assert_eq!(errors, [format!("${variable}: both {variable} and {variable}_FILE are set; unset one of them")]);
     }
 }
