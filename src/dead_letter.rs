@@ -34,6 +34,8 @@ pub enum Reason {
     BadFormat,
     BadLength,
     UnknownField,
+    /// A keyword that only a general validator checks, such as `anyOf`.
+    SchemaViolation,
     /// Begins as in a schema registry's framing, and no registry is configured.
     SchemaRegistryFraming,
     /// The schema registry has no schema of the record's id.
@@ -50,7 +52,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 22] = [
+    pub const ALL: [Reason; 23] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -66,6 +68,7 @@ impl Reason {
         Reason::BadFormat,
         Reason::BadLength,
         Reason::UnknownField,
+        Reason::SchemaViolation,
         Reason::SchemaRegistryFraming,
         Reason::UnknownSchemaId,
         Reason::UnsupportedSchema,
@@ -92,6 +95,7 @@ impl Reason {
             Reason::BadFormat => "bad_format",
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
+            Reason::SchemaViolation => "schema_violation",
             Reason::SchemaRegistryFraming => "schema_registry_framing",
             Reason::UnknownSchemaId => "unknown_schema_id",
             Reason::UnsupportedSchema => "unsupported_schema",

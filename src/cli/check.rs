@@ -171,7 +171,9 @@ async fn payloads(config: &Config) -> Finding {
         let ids = samples.into_values().flat_map(|sample| sample.ids).collect();
         for (id, writer) in registry.resolve(ids).await.map_err(|e| e.to_string())? {
             lines.push(match writer {
-                Writer::Checked(_) => format!("schema {id}: its records are held to it and to schema.file"),
+                Writer::Compiled(_) | Writer::General(_) => {
+                    format!("schema {id}: its records are held to it and to schema.file")
+                }
                 Writer::Unchecked(problem) => {
                     format!("schema {id}: its records are held to schema.file alone: {problem}")
                 }

@@ -8,6 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
+use jsonschema::Validator;
+use serde_json::Value;
+
 use super::registry::{Error, Registry, Writer};
 use super::{Decoded, Decoder, Rejection};
 use crate::dead_letter::Reason;
@@ -16,6 +19,9 @@ use crate::source::{Chunk, Record};
 
 /// Magic byte and schema id.
 const LENGTH: u32 = 5;
+
+/// Characters of a validator's message.
+const SHOWN: usize = 200;
 
 /// The schema id of a framed payload.
 pub fn schema_id(payload: &[u8]) -> Option<u32> {
@@ -60,7 +66,7 @@ impl RecordDecoder {
 
     fn learn(&mut self, writers: Vec<(u32, Writer)>) {
         for (id, writer) in writers {
-            if let Writer::Checked(schema) = &writer {
+            if let Writer::Compiled(schema) = &writer {
                 self.decoders.insert(id, Decoder::new(schema.clone()));
             }
             self.writers.insert(id, writer);
@@ -78,10 +84,18 @@ impl RecordDecoder {
                 continue;
             };
             match self.writers.get(&id) {
-                Some(Writer::Checked(_)) => {
+                Some(Writer::Compiled(_)) => {
                     by_writer.entry(id).or_default().push(record);
                     accepted.push(record);
                 }
+                Some(Writer::General(validator)) => match violation(validator, chunk.value(record as usize)) {
+                    Some((path, message)) => {
+                        let message = format!("by schema {id} of the registry: {message}").into();
+                        let reason = Reason::SchemaViolation;
+                        rejected.push(Rejection { record, reason, path: path.into(), message });
+                    }
+                    None => accepted.push(record),
+                },
                 Some(Writer::Unchecked(_)) => accepted.push(record),
                 Some(Writer::OtherType(found)) => {
                     let message = format!("schema {id} of the registry is of type {found}; allowed is JSON");
@@ -126,6 +140,32 @@ fn document(record: Record, framed: bool) -> Record {
     let skipped = if framed { LENGTH } else { 0 };
     let value_len = if record.value_len == Record::NONE { Record::NONE } else { record.value_len - skipped };
     Record { begin: record.begin + key_len + skipped, key_len: Record::NONE, value_len, ..record }
+}
+
+/// The JSON path of the first violation and its message. What is no JSON is left to the decoder, which knows reasons.
+fn violation(validator: &Validator, payload: Option<&[u8]>) -> Option<(String, String)> {
+    let document: Value = serde_json::from_slice(payload?.get(LENGTH as usize..)?).ok()?;
+    // Most documents are valid, which is found out several times faster without collecting errors.
+    if validator.is_valid(&document) {
+        return None;
+    }
+    let error = validator.validate(&document).err()?;
+    let text = error.to_string();
+    let message = match text.char_indices().nth(SHOWN) {
+        Some((cut, _)) => format!("{}…", &text[..cut]),
+        None => text,
+    };
+    Some((json_path(error.instance_path().as_str()), message))
+}
+
+/// `/a/0/b` to `$.a[0].b`.
+fn json_path(pointer: &str) -> String {
+    let mut path = "$".to_string();
+    for step in pointer.split('/').skip(1) {
+        let step = step.replace("~1", "/").replace("~0", "~");
+        path += &if step.bytes().all(|b| b.is_ascii_digit()) { format!("[{step}]") } else { format!(".{step}") };
+    }
+    path
 }
 
 fn reject(record: u32, reason: Reason, message: String) -> Rejection {
@@ -182,12 +222,15 @@ mod tests {
     #[test]
     fn every_record_is_held_to_its_writer_and_to_the_reader() {
         let mut decoder = RecordDecoder::new(schema(r#""a": {"type": "integer"}, "b": {"type": "string"}"#), None);
+        let one_of = serde_json::json!({"properties": {"a": {"oneOf": [{"minimum": 5}, {"minimum": 8}]}}});
+        let validator = jsonschema::validator_for(&one_of).unwrap();
         decoder.learn(vec![
-            (1, Writer::Checked(schema(r#""a": {"type": "integer", "maximum": 9}"#))),
-            (2, Writer::Checked(schema(r#""a": {"type": "string"}"#))),
+            (1, Writer::Compiled(schema(r#""a": {"type": "integer", "maximum": 9}"#))),
+            (2, Writer::Compiled(schema(r#""a": {"type": "string"}"#))),
             (3, Writer::Unchecked("$ref".into())),
             (4, Writer::OtherType("AVRO".into())),
             (5, Writer::Unknown),
+            (6, Writer::General(Arc::new(validator))),
         ]);
         let values = [
             framed(1, r#"{"a": 9}"#),
@@ -199,14 +242,17 @@ mod tests {
             br#"{"a": 11}"#.to_vec(),
             framed(2, r#"{"a": 1}"#),
             framed(1, ""),
+            framed(6, r#"{"a": 6}"#),
+            framed(6, r#"{"a": 9}"#),
+            framed(6, "{"),
         ];
         let mut chunk = chunk(&values);
         let before = (chunk.data.clone(), format!("{:?}", chunk.records));
         let ids: Vec<_> = values.iter().map(|v| schema_id(v)).collect();
         let decoded = decoder.framed(&mut chunk, &ids);
         assert_eq!((chunk.data, format!("{:?}", chunk.records)), before, "the chunk is as it was");
-        assert_eq!(decoded.records, [0, 3, 6]);
-        assert_eq!(decoded.batch.num_rows(), 3);
+        assert_eq!(decoded.records, [0, 3, 6, 9]);
+        assert_eq!(decoded.batch.num_rows(), 4);
         let found: Vec<_> = decoded.rejected.iter().map(|r| (r.record, r.reason, &*r.path)).collect();
         let expected = [
             (1, Reason::OutOfRange, "$.a"),
@@ -215,6 +261,8 @@ mod tests {
             (5, Reason::UnknownSchemaId, "$"),
             (7, Reason::WrongType, "$.a"),
             (8, Reason::Empty, "$"),
+            (10, Reason::SchemaViolation, "$.a"),
+            (11, Reason::MalformedJson, "$"),
         ];
         assert_eq!(found, expected);
         assert!(decoded.rejected[0].message.starts_with("by schema 1 of the registry: found 10"));

@@ -4,11 +4,16 @@
 //! records ask ([`super::framing`]). Invariants: an id means the same schema for ever, so what was once found is never
 //! asked for again; that an id is unknown is believed only of a registry that answers otherwise; any other trouble is an
 //! error of the whole batch, never of a record.
+//!
+//! The one answer that may differ in a replay is that an id is unknown. Killed between steps 5 and 6 of the protocol
+//! ([`crate::checkpoint`]), and the schema registered before the next start: then the record is a dead letter in the tables and
+//! counted by the windows of the replay.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use jsonschema::{PatternOptions, Validator};
 use reqwest::{Client, Response, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
@@ -27,6 +32,8 @@ const MOST_AWAITED: usize = 16;
 const UNKNOWN_FOR: Duration = Duration::from_secs(30);
 /// Unknown ids that are remembered: payloads of another kind can look like any number of them.
 const MOST_REMEMBERED: usize = 10_000;
+/// Steps that one match of a pattern may take: some take exponentially many, and nobody chooses their texts.
+const BACKTRACK_LIMIT: usize = 100_000;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,9 +53,11 @@ impl Error {
 /// What the registry holds under an id.
 #[derive(Clone, Debug)]
 pub enum Writer {
-    /// A JSON Schema that records are held to.
-    Checked(Arc<Schema>),
-    /// A JSON Schema that does not compile, and why: records are held to the pipeline's own schema alone.
+    /// A JSON Schema that records are held to, by the decoder.
+    Compiled(Arc<Schema>),
+    /// One with keywords that the decoder does not know.
+    General(Arc<Validator>),
+    /// One that cannot be checked here, and why: records are held to the pipeline's own schema alone.
     Unchecked(String),
     /// `AVRO`, `PROTOBUF`.
     OtherType(String),
@@ -215,42 +224,62 @@ struct Answer {
 impl Answer {
     fn writer(self) -> Writer {
         match self.schema_type.as_deref() {
-            Some("JSON") => compile(&self.schema),
+            Some("JSON") => Writer::compile(&self.schema),
             // Left out by registries for their first type.
             other => Writer::OtherType(other.unwrap_or("AVRO").into()),
         }
     }
 }
 
-/// Serializers write draft-07 or 2019-09. Where none of the keywords occurs that have changed since, they mean the same.
-fn compile(document: &str) -> Writer {
+impl Writer {
+    fn compile(document: &str) -> Writer {
+        if let Some(schema) = compile(document) {
+            return Writer::Compiled(schema);
+        }
+        let document: Value = match serde_json::from_str(document) {
+            Ok(document) => document,
+            Err(e) => return Writer::Unchecked(format!("not JSON: {e}")),
+        };
+        // Of the draft that `$schema` names. References to other documents are not followed.
+        let validator = jsonschema::options()
+            .should_validate_formats(true)
+            .with_pattern_options(PatternOptions::fancy_regex().backtrack_limit(BACKTRACK_LIMIT))
+            .build(&document);
+        match validator {
+            Ok(validator) => Writer::General(Arc::new(validator)),
+            Err(e) => Writer::Unchecked(e.to_string()),
+        }
+    }
+}
+
+/// For the decoder, which is faster by far. Serializers write draft-07 or 2019-09: where none of the keywords occurs that
+/// have changed since, they mean the same.
+fn compile(document: &str) -> Option<Arc<Schema>> {
     const OLDER: [&str; 3] = ["draft-06/schema", "draft-07/schema", "draft/2019-09/schema"];
     const CHANGED: [&str; 6] =
         ["\"$ref\"", "\"$recursiveRef\"", "\"items\"", "\"additionalItems\"", "\"dependencies\"", "\"definitions\""];
-    let mut text = document.to_owned();
     if let Ok(Value::Object(mut members)) = serde_json::from_str(document)
         && let Some(Value::String(draft)) = members.get("$schema")
         && OLDER.iter().any(|older| draft.trim_end_matches('#').ends_with(older))
     {
-        if let Some(keyword) = CHANGED.iter().find(|keyword| document.contains(**keyword)) {
-            return Writer::Unchecked(format!("{draft} with {keyword}"));
+        if CHANGED.iter().any(|keyword| document.contains(keyword)) {
+            return None;
         }
         members.remove("$schema");
-        text = Value::Object(members).to_string();
+        return Schema::parse(&Value::Object(members).to_string()).ok();
     }
-    match Schema::parse(&text) {
-        Ok(schema) => Writer::Checked(schema),
-        Err(problems) => Writer::Unchecked(problems.join("; ")),
-    }
+    Schema::parse(document).ok()
 }
 
 fn log(id: u32, writer: &Writer) {
     match writer {
         Writer::Unchecked(problem) => {
-            tracing::warn!(id, problem, "records of this schema are held to schema.file alone");
+            tracing::warn!(id, problem, "this schema cannot be checked: its records are held to schema.file alone");
         }
         Writer::OtherType(found) => tracing::warn!(id, found, "records of this schema are no JSON and are refused"),
-        Writer::Checked(_) | Writer::Unknown => tracing::info!(id, "schema learned from the registry"),
+        Writer::Compiled(_) | Writer::General(_) | Writer::Unknown => {
+            tracing::info!(id, "schema learned from the registry")
+        }
     }
 }
 
@@ -308,6 +337,11 @@ mod tests {
                 "JSON",
             ),
             3 => schema(r#"{"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "other"}"#, "JSON"),
+            6 => schema(
+                r##"{"$schema": "http://json-schema.org/draft-07/schema#", "$ref": "#/definitions/A",
+                    "definitions": {"A": {"type": "object", "properties": {"a": {"oneOf": [{"type": "null"}, {"type": "integer"}]}}}}}"##,
+                "JSON",
+            ),
             4 => (Status::OK, r#"{"schema": "\"string\""}"#.into()),
             5 => (Status::OK, "<html>".into()),
             9 if peer.late.fetch_sub(1, Ordering::SeqCst) <= 1 => {
@@ -346,7 +380,7 @@ mod tests {
         let peer = Arc::new(Peer::default());
         let registry = start(&peer, "me:p%40ss@").await;
         for _ in 0..3 {
-            assert!(matches!(one(&registry, 1).await, Ok(Writer::Checked(_))));
+            assert!(matches!(one(&registry, 1).await, Ok(Writer::Compiled(_))));
         }
         assert_eq!(peer.requests.load(Ordering::SeqCst), 1);
         assert_eq!(lock(&peer.authorization).as_deref(), Some("Basic bWU6cEBzcw=="));
@@ -357,11 +391,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn schemas_are_checked_where_they_compile() {
+    async fn schemas_of_every_draft_are_checked() {
         let peer = Arc::new(Peer::default());
         let registry = start(&peer, "").await;
-        assert!(matches!(one(&registry, 2).await, Ok(Writer::Checked(_))), "draft-07");
-        assert!(matches!(one(&registry, 3).await, Ok(Writer::Unchecked(_))));
+        assert!(matches!(one(&registry, 2).await, Ok(Writer::Compiled(_))), "draft-07");
+        assert!(matches!(one(&registry, 3).await, Ok(Writer::Unchecked(_))), "another document");
+        let Ok(Writer::General(validator)) = one(&registry, 6).await else { panic!("as serializers write it") };
+        assert!(
+            validator.is_valid(&serde_json::json!({"a": 1})) && !validator.is_valid(&serde_json::json!({"a": "1"}))
+        );
         assert!(matches!(one(&registry, 4).await, Ok(Writer::OtherType(t)) if t == "AVRO"));
         assert!(one(&registry, 5).await.is_err(), "no registry's answer");
     }
@@ -371,7 +409,7 @@ mod tests {
         let peer = Arc::new(Peer::default());
         let registry = start(&peer, "").await;
         peer.late.store(3, Ordering::SeqCst);
-        assert!(matches!(one(&registry, 9).await, Ok(Writer::Checked(_))));
+        assert!(matches!(one(&registry, 9).await, Ok(Writer::Compiled(_))));
         assert_eq!(peer.requests.swap(0, Ordering::SeqCst), 3);
         assert!(matches!(one(&registry, 8).await, Ok(Writer::Unknown)));
         assert!(matches!(one(&registry, 8).await, Ok(Writer::Unknown)));
@@ -401,7 +439,7 @@ mod tests {
         let mut elsewhere = registry.config.url.clone();
         elsewhere.set_path("/elsewhere/");
         assert!(one(&at(elsewhere.as_str()), 1).await.is_err(), "a wrong path");
-        assert!(matches!(one(&registry, 1).await, Ok(Writer::Checked(_))));
+        assert!(matches!(one(&registry, 1).await, Ok(Writer::Compiled(_))));
         let gone = at("http://127.0.0.1:9/");
         assert!(one(&gone, 1).await.unwrap_err().to_string().contains("127.0.0.1:9"));
     }
