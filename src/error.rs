@@ -48,10 +48,21 @@ pub enum Error {
     #[error("stage {stage} took longer than its deadline of {deadline:?} (deadlines.{} in the configuration)", deadline_setting(.stage))]
     Deadline { stage: &'static str, deadline: Duration },
     #[error(
-        "batch {batch} was planned with another configuration and is not committed yet. Start once with the configuration \
-         it was planned with (trigger.available_now is enough), then change schema, transform, windows or tables"
+        "batch {batch} was planned with another configuration and cannot be finished with this one, because some table has it \
+         already or the tables are others now. Start once with the configuration that it was executed with \
+         (trigger.available_now is enough), then change schema, transform, expectations, windows or tables"
     )]
     ConfigChanged { batch: BatchId },
+    #[error(
+        "{0}, and its on_fail is \"fail\". The batch is not committed and nothing is lost. Mend what writes the topic, \
+         correct the expectation, or set its on_fail to \"dead_letter\", \"drop\" or \"warn\"; then start again"
+    )]
+    Expectation(crate::quality::Violation),
+    #[error(
+        "batch {batch} is held back: {reason}. Nothing of it is committed and nothing is lost. Mend the schema or the \
+         expectations and start again; or run `floe resume FILE` to commit the batch with its dead letters"
+    )]
+    BreakerOpen { batch: BatchId, plan_digest: String, reason: String },
     #[error("data loss: {}. Set source.fail_on_data_loss = false to go on without them (each gap is then kept as a row of the dead letters), or start over with a new checkpoint and new tables", gaps_text(.gaps))]
     DataLoss { gaps: Vec<Gap> },
     #[error("records of {partition} from offset {wanted} on expired while the batch was being read")]
@@ -105,6 +116,8 @@ impl Error {
             Error::Deadline { .. } => Kind::Indeterminate,
             Error::Cancelled | Error::Internal(_) | Error::Expired { .. } => Kind::Transient,
             Error::ConfigChanged { .. }
+            | Error::Expectation(_)
+            | Error::BreakerOpen { .. }
             | Error::DataLoss { .. }
             | Error::TopicRecreated { .. }
             | Error::CheckpointOlder { .. }
@@ -138,11 +151,11 @@ fn gaps_text(gaps: &[Gap]) -> String {
     texts.join("; ")
 }
 
-/// Three stages write to the checkpoint and share its deadline.
+/// Four stages write to the checkpoint and share its deadline.
 fn deadline_setting(stage: &str) -> &str {
     match stage {
-        "wal_commit" | "state_commit" | "commit_log" => "checkpoint",
-        "commit_tables" => "commit",
+        "wal_commit" | "breaker" | "state_commit" | "commit_log" => "checkpoint",
+        "commit_tables" | "publish_dead_letters" => "commit",
         stage => stage,
     }
 }

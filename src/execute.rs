@@ -30,6 +30,7 @@ use crate::dead_letter::{self, Reason};
 use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
 use crate::pipeline::Pipeline;
+use crate::quality::{Expectations, Violation};
 use crate::sink::iceberg::{IcebergSink, TableWriter};
 use crate::source::{Chunk, Chunks};
 use crate::state::{ClosedWindow, Lane, StateStore};
@@ -63,11 +64,16 @@ pub fn execute(
         cancel,
         chunks: Mutex::new(chunks),
         lanes: plan.ranges.keys().map(|_| OrderedLane::new(pipeline, plan)).collect(),
+        violation: Mutex::new(None),
     };
 
     let mut account = Account::new(pipeline);
     for output in run_workers(workers, cancel, |worker| job.read(worker))? {
         account.add(output);
+    }
+    // All of the batch has been looked at: the record that is named is the first one whoever was faster.
+    if let Some(violation) = lock(&job.violation).take() {
+        return Err(Error::Expectation(violation));
     }
     if !plan.gaps.is_empty() {
         let mut tables = job.writers(workers);
@@ -198,6 +204,8 @@ struct Job<'a> {
     cancel: &'a AtomicBool,
     chunks: Mutex<Chunks>,
     lanes: Vec<OrderedLane>,
+    /// The first record that an expectation does not let pass.
+    violation: Mutex<Option<Violation>>,
 }
 
 impl<'a> Job<'a> {
@@ -239,27 +247,19 @@ impl<'a> Job<'a> {
         writers: &mut Writers<'_>,
         counts: &mut Counts,
     ) -> Result<(), Error> {
-        let decoded = decoder.decode(chunk)?;
-        let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
-        self.refuse_future(&mut batch, &mut records, &mut rejected)?;
-        let decoded_rows = batch.num_rows();
-        if let Some(transform) = &self.pipeline.transform {
-            let transformed = transform.apply(&batch)?;
-            for (row, message) in &transformed.failed {
-                rejected.push(Rejection {
-                    record: records[*row],
-                    reason: Reason::ExpressionFailed,
-                    path: "$".into(),
-                    message: message.clone().into(),
-                });
-            }
-            if let Some(kept) = &transformed.kept {
-                records = kept.iter().map(|&row| records[row as usize]).collect();
-            }
-            counts.filtered += (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
-            batch = transformed.batch;
+        let Admitted { batch, records, rejected, filtered, dropped, failures, violation } =
+            admit(self.pipeline, self.plan.trigger_time_ms, chunk, decoder)?;
+        counts.filtered += filtered;
+        counts.dropped += dropped;
+        for (expectation, failures) in self.pipeline.expectations.iter().flat_map(|e| e.iter()).zip(&failures) {
+            *counts.expectations.entry(expectation.name.clone()).or_default() += failures;
         }
-
+        if let Some(found) = violation {
+            let mut first = lock(&self.violation);
+            if first.as_ref().is_none_or(|first| found < *first) {
+                *first = Some(found);
+            }
+        }
         counts.records += chunk.records.len() as u64;
         counts.bytes += chunk.data.len() as u64;
         counts.rows += batch.num_rows() as u64;
@@ -268,7 +268,13 @@ impl<'a> Job<'a> {
         }
 
         if !rejected.is_empty() {
-            let dead = dead_letter::from_rejections(chunk, &rejected, self.plan.batch, self.plan.trigger_time_ms);
+            let dead = dead_letter::from_rejections(
+                chunk,
+                &rejected,
+                &self.pipeline.schema.fingerprint,
+                self.plan.batch,
+                self.plan.trigger_time_ms,
+            );
             writers.write(self.pipeline.dead_letters, &dead)?;
         }
         if let Some(table) = self.pipeline.rows {
@@ -284,36 +290,119 @@ impl<'a> Job<'a> {
         }
         Ok(())
     }
+}
 
-    /// A device with its clock in 2099 costs a dead letter, not everyone's windows.
-    fn refuse_future(
-        &self,
-        batch: &mut RecordBatch,
-        records: &mut Vec<u32>,
-        rejected: &mut Vec<Rejection>,
-    ) -> Result<(), Error> {
-        let Some((column, max_future)) = self.pipeline.future_guard else { return Ok(()) };
-        let limit_us = self.plan.trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
-        let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
-        if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
-            return Ok(());
-        }
-        let kept: BooleanArray =
-            (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
-        let name = &self.pipeline.schema.fields[column].name;
-        for row in (0..times.len()).filter(|&row| !kept.value(row)) {
-            let at = timestamp_text(times.value(row));
+/// What became of the records of one chunk: each is a row, or refused, or left out by the filter or an expectation.
+pub struct Admitted {
+    /// The columns that reach the tables; row i is record `records[i]` of the chunk.
+    pub batch: RecordBatch,
+    pub records: Vec<u32>,
+    pub rejected: Vec<Rejection>,
+    pub filtered: u64,
+    /// By expectations of the kind `drop`.
+    pub dropped: u64,
+    /// Rows that failed, by expectation in their order.
+    pub failures: Vec<u64>,
+    /// The first record that an expectation of the kind `fail` does not let pass: nothing of the batch may be committed.
+    pub violation: Option<Violation>,
+}
+
+/// Decoding, checks, `[transform]` and expectations: the way of a record into the tables, the first time and when a dead letter is
+/// tried again.
+pub fn admit(
+    pipeline: &Pipeline,
+    trigger_time_ms: i64,
+    chunk: &mut Chunk,
+    decoder: &mut RecordDecoder,
+) -> Result<Admitted, Error> {
+    let decoded = decoder.decode(chunk)?;
+    let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
+    refuse_future(pipeline, trigger_time_ms, &mut batch, &mut records, &mut rejected)?;
+    let decoded_rows = batch.num_rows();
+    let mut filtered = 0;
+    if let Some(transform) = &pipeline.transform {
+        let transformed = transform.apply(&batch)?;
+        for (row, message) in &transformed.failed {
             rejected.push(Rejection {
-                record: records[row],
-                reason: Reason::FutureEventTime,
-                path: format!("$.{name}").into(),
-                message: format!("{at} is more than {max_future:?} ahead of the batch's trigger time").into(),
+                record: records[*row],
+                reason: Reason::ExpressionFailed,
+                path: "$".into(),
+                message: message.clone().into(),
             });
         }
-        *batch = filter_record_batch(batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
-        *records = keep_records(records, &kept);
-        Ok(())
+        if let Some(kept) = &transformed.kept {
+            records = kept.iter().map(|&row| records[row as usize]).collect();
+        }
+        filtered = (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
+        batch = transformed.batch;
     }
+    let mut admitted =
+        Admitted { batch, records, rejected, filtered, dropped: 0, failures: Vec::new(), violation: None };
+    if let Some(expectations) = &pipeline.expectations {
+        expect(expectations, chunk, &mut admitted)?;
+    }
+    Ok(admitted)
+}
+
+/// `[[quality.expect]]`: what valid rows are to be beyond the schema.
+fn expect(expectations: &Expectations, chunk: &Chunk, admitted: &mut Admitted) -> Result<(), Error> {
+    let internal = |e: &dyn std::fmt::Display| Error::Internal(format!("expectations: {e}"));
+    let checked = expectations.check(&admitted.batch).map_err(|e| internal(&e))?;
+    let records = &admitted.records;
+    if let Some((row, index)) = checked.violation
+        && let Some(expectation) = expectations.get(index)
+    {
+        admitted.violation = Some(Violation {
+            topic: chunk.topic.clone(),
+            partition: chunk.partition,
+            offset: chunk.records[records[row] as usize].offset,
+            name: expectation.name.clone(),
+            sql: expectation.sql.clone(),
+        });
+    }
+    admitted.failures = checked.failures;
+    admitted.dropped = checked.dropped;
+    admitted.rejected.extend(checked.refused.into_iter().map(|(row, message)| Rejection {
+        record: records[row],
+        reason: Reason::ExpectationFailed,
+        path: "$".into(),
+        message: message.into(),
+    }));
+    if let Some(kept) = &checked.kept {
+        admitted.batch = filter_record_batch(&admitted.batch, kept).map_err(|e| internal(&e))?;
+        admitted.records = keep_records(records, kept);
+    }
+    Ok(())
+}
+
+/// A device with its clock in 2099 costs a dead letter, not everyone's windows.
+fn refuse_future(
+    pipeline: &Pipeline,
+    trigger_time_ms: i64,
+    batch: &mut RecordBatch,
+    records: &mut Vec<u32>,
+    rejected: &mut Vec<Rejection>,
+) -> Result<(), Error> {
+    let Some((column, max_future)) = pipeline.future_guard else { return Ok(()) };
+    let limit_us = trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
+    let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
+    if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
+        return Ok(());
+    }
+    let kept: BooleanArray = (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
+    let name = &pipeline.schema.fields[column].name;
+    for row in (0..times.len()).filter(|&row| !kept.value(row)) {
+        let at = timestamp_text(times.value(row));
+        rejected.push(Rejection {
+            record: records[row],
+            reason: Reason::FutureEventTime,
+            path: format!("$.{name}").into(),
+            message: format!("{at} is more than {max_future:?} ahead of the batch's trigger time").into(),
+        });
+    }
+    *batch = filter_record_batch(batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
+    *records = keep_records(records, &kept);
+    Ok(())
 }
 
 fn timestamp_text(micros: i64) -> String {
@@ -343,7 +432,8 @@ pub fn rows_schema(columns: &SchemaRef, provenance: bool) -> SchemaRef {
     Arc::new(ArrowSchema::new(fields))
 }
 
-fn with_provenance(
+/// `batch` with the columns that say where each row came from; `records` are its rows' indices in the chunk.
+pub fn with_provenance(
     schema: &SchemaRef,
     batch: &RecordBatch,
     chunk: &Chunk,

@@ -9,8 +9,10 @@
 //! - [`source`]: records out of Kafka, exactly the planned ranges.
 //! - [`schema`], [`decode`]: JSON Schema to columns; payloads to columns or dead letters.
 //! - [`transform`]: SQL filter and derived columns.
+//! - [`quality`]: expectations on rows; the circuit breaker on refused records.
 //! - [`window`], [`state`]: window assignment and the watermark; open windows and their groups.
-//! - [`sink`], [`dead_letter`]: Iceberg tables; what becomes of records that were refused.
+//! - [`sink`], [`dead_letter`]: Iceberg tables; what becomes of records that were refused. librdkafka is used in
+//!   [`source::kafka`] and [`sink::kafka`] and nowhere else.
 //! - [`config`], [`cli`]: what the user writes; one file a subcommand.
 //! - [`storage`], [`retry`], [`telemetry`], [`clock`], [`error`], [`failpoint`]: what all of them stand on.
 
@@ -25,6 +27,7 @@ pub mod error;
 pub mod execute;
 pub mod failpoint;
 pub mod pipeline;
+pub mod quality;
 pub mod query;
 pub mod retry;
 pub mod schema;

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::dead_letter;
 use crate::decode::registry::Registry;
 use crate::execute;
+use crate::quality::Expectations;
 use crate::schema::Schema;
 use crate::sink::iceberg::TableSpec;
 use crate::state::WindowQuery;
@@ -22,6 +23,7 @@ pub struct Pipeline {
     /// None: payloads are plain JSON.
     pub registry: Option<Arc<Registry>>,
     pub transform: Option<Transform>,
+    pub expectations: Option<Expectations>,
     pub queries: Arc<[WindowQuery]>,
     /// Index of the event time among the columns that reach the windows.
     pub event_time: usize,
@@ -51,6 +53,14 @@ impl Pipeline {
                 None
             });
         let columns = transform.as_ref().map_or_else(|| decoded.clone(), |t| t.output_schema());
+        let expectations = Some(&config.quality.expectations)
+            .filter(|list| !list.is_empty())
+            .map(|list| Expectations::compile(list, &columns))
+            .transpose()
+            .unwrap_or_else(|e| {
+                errors.extend(e);
+                None
+            });
         let event_time_name = config.event_time.as_ref().map_or("", |e| e.column.as_str());
 
         let mut tables = Vec::new();
@@ -93,6 +103,7 @@ impl Pipeline {
             schema: config.schema.clone(),
             registry: registry.map(Arc::new),
             transform,
+            expectations,
             queries: queries.into(),
             tables,
             rows,

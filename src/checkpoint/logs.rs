@@ -28,8 +28,12 @@ pub struct Counts {
     pub records: u64,
     pub rows: u64,
     pub filtered: u64,
-    /// By reason code. Those of records add up with rows and filtered to `records`; `overflow` and `data_loss` come on top.
+    /// Valid rows left out by an expectation with `on_fail = "drop"`.
+    pub dropped: u64,
+    /// By reason code. Those of records add up with rows, filtered and dropped to `records`; `overflow` and `data_loss` come on top.
     pub dead_letters: BTreeMap<String, u64>,
+    /// Rows that failed an expectation, by its name; a row may fail several.
+    pub expectations: BTreeMap<String, u64>,
     /// Rows behind the watermark, by window table.
     pub late: BTreeMap<String, u64>,
     /// Rows of closed windows, by window table.
@@ -55,6 +59,8 @@ impl Counts {
         self.records += other.records;
         self.rows += other.rows;
         self.filtered += other.filtered;
+        self.dropped += other.dropped;
+        merge(&mut self.expectations, &other.expectations);
         merge(&mut self.dead_letters, &other.dead_letters);
         merge(&mut self.late, &other.late);
         merge(&mut self.windows, &other.windows);
@@ -79,6 +85,9 @@ pub struct CommitEntry {
     pub snapshots: BTreeMap<String, Option<i64>>,
     pub counts: Counts,
     pub committed_at_ms: i64,
+    /// The topic that the batch's dead letters are owed to, once it is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dead_letter_topic: Option<String>,
 }
 
 /// Where the query stands: nothing yet; a plan to replay (no commit of its number); or all done up to the plan.

@@ -6,6 +6,7 @@
 //! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
 //! commits/<batch>.json   done: plan digest, next watermark, state files that make up the state, snapshot ids, counts
 //! state/<batch>-<attempt>.delta | .run
+//! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
 //! ```
 //!
 //! The steps of batch N; other modules name them by these numbers.
@@ -19,10 +20,15 @@
 //! 5. **Commit** the tables. Each carries a marker: batch and digest of the plan, the bytes of `offsets/N`. A marker at N with
 //!    this digest: done, skip. Below N: commit. Anything else: fatal, this checkpoint is older than the table.
 //! 6. **Log** `commits/N`, create-if-absent, naming the state files ([`Checkpoint::log_commit`]). Only now is N done.
-//! 7. **Tidy**: [`Checkpoint::purge`].
+//! 7. **Tidy**: [`Checkpoint::purge`]. Where `commits/N` owes dead letters to a topic, they are published before N+1 is planned
+//!    ([`crate::dead_letter::topic`]).
 //!
 //! **Recovery** ([`Checkpoint::recover`]): `offsets/N` without `commits/N` means replay N from step 3 with the same ranges on
 //! the state of N-1. Every failure that is not fatal takes the same road: drop what is in memory, back off, recover.
+//!
+//! A batch may be executed with another configuration than it was planned with (expectations or the schema were mended while it
+//! was held back, say), as long as no table has it: its marker then names that configuration too. A table that has the batch
+//! from one configuration refuses it from another, so that state and tables are always of one execution.
 //!
 //! **Ownership** ([`Checkpoint::claim`]): a starting process claims the next epoch; whoever sees a higher one stops. A plan
 //! logged by a lower epoch is adopted and replayed. Correctness does not rest on this: two processes on one checkpoint can
@@ -33,6 +39,7 @@
 //! never edited; nothing reads the consumer group's offsets; every file carries a checksum, and a damaged one is named,
 //! never skipped.
 
+mod control;
 mod error;
 mod files;
 mod logs;
@@ -45,6 +52,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use control::Held;
 pub use error::Error;
 pub use logs::{CommitEntry, Counts, LoggedPlan, Recovered};
 pub use owners::Owner;
@@ -187,6 +195,25 @@ impl Checkpoint {
     /// state up to batch `newest` that neither `live` nor the commit before names. Returns the number of files deleted.
     pub async fn purge(&self, newest: BatchId, retain: u64, live: &[StateFile]) -> Result<u64, Error> {
         state_files::purge(&self.files, self.epoch, newest, retain, live).await
+    }
+
+    /// Says that the batch is held back. A batch has one plan, so saying it again changes nothing.
+    pub async fn hold(&self, held: &Held) -> Result<(), Error> {
+        control::hold(&self.files, held).await
+    }
+
+    /// Why this very plan is held back, if it is.
+    pub async fn held(&self, plan: &LoggedPlan) -> Result<Option<Held>, Error> {
+        control::held(&self.files, plan).await
+    }
+
+    /// Lets a batch through that is held back.
+    pub async fn resume(&self, plan: &LoggedPlan) -> Result<(), Error> {
+        control::resume(&self.files, plan).await
+    }
+
+    pub async fn is_resumed(&self, batch: BatchId, plan_digest: &str) -> Result<bool, Error> {
+        control::is_resumed(&self.files, batch, plan_digest).await
     }
 
     /// Bytes of all files.

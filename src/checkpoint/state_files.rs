@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::control;
 use super::error::Error;
 use super::files::{Created, Files, numbered};
 use super::logs::CommitEntry;
@@ -121,6 +122,7 @@ pub(super) async fn purge(
         let old = files.numbers(folder).await?.into_iter().filter(|batch| *batch < keep_from);
         doomed.extend(old.map(|batch| numbered(folder, batch)));
     }
+    doomed.extend(control::outdated(files, keep_from).await?);
     doomed.extend(owners.into_iter().filter(|owner| *owner < epoch).map(|owner| numbered("owners", owner)));
     for file in &doomed {
         files.delete(file).await?;

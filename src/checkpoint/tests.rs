@@ -53,6 +53,7 @@ fn commit(plan: &LoggedPlan, state: &[StateFile]) -> CommitEntry {
             ..Counts::default()
         },
         committed_at_ms: 1,
+        dead_letter_topic: None,
     }
 }
 
@@ -458,4 +459,36 @@ async fn a_put_whose_answer_was_lost_is_looked_up() {
     let error = checkpoint.log_plan(&plan(9, 1)).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Indeterminate);
     assert_eq!(checkpoint.recover().await.unwrap_err().kind(), Kind::Transient);
+}
+
+#[tokio::test]
+async fn a_batch_that_is_held_back_is_let_through_by_name_of_its_plan_and_both_files_go_with_the_logs() {
+    let location = memory();
+    let mut checkpoint = Checkpoint::open(location.clone(), "p").await.unwrap();
+    let epoch = checkpoint.claim().await.unwrap();
+    let logged = checkpoint.log_plan(&plan(0, epoch)).await.unwrap();
+    assert_eq!(checkpoint.held(&logged).await.unwrap(), None);
+    assert!(!checkpoint.is_resumed(0, &logged.digest).await.unwrap());
+    let held = |reason: &str| Held {
+        batch: 0,
+        plan_digest: logged.digest.clone(),
+        reason: reason.to_string(),
+        held_at: "now".to_string(),
+    };
+    checkpoint.hold(&held("first")).await.unwrap();
+    checkpoint.hold(&held("second")).await.unwrap();
+    assert_eq!(checkpoint.held(&logged).await.unwrap(), Some(held("first")));
+    checkpoint.resume(&logged).await.unwrap();
+    checkpoint.resume(&logged).await.unwrap();
+    assert!(checkpoint.is_resumed(0, &logged.digest).await.unwrap());
+    assert!(!checkpoint.is_resumed(0, "sha256:another").await.unwrap());
+    assert!(!checkpoint.is_resumed(1, &logged.digest).await.unwrap());
+    let other = LoggedPlan { digest: "sha256:another".to_string(), ..logged.clone() };
+    assert!(checkpoint.resume(&other).await.unwrap_err().to_string().contains("another plan"));
+
+    checkpoint.purge(1, 2, &[]).await.unwrap();
+    assert!(checkpoint.is_resumed(0, &logged.digest).await.unwrap());
+    checkpoint.purge(2, 2, &[]).await.unwrap();
+    assert!(!checkpoint.is_resumed(0, &logged.digest).await.unwrap());
+    assert_eq!(checkpoint.held(&logged).await.unwrap(), None);
 }

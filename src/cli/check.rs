@@ -17,6 +17,8 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{CatalogConfig, Config, RegistryConfig};
 use crate::decode::framing::schema_id;
 use crate::decode::registry::{Registry, Writer};
+use crate::pipeline::Pipeline;
+use crate::sink::iceberg::{IcebergSink, TableStep};
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::source::{self, Available, Source};
 use crate::storage::Location;
@@ -55,7 +57,11 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     if reachable {
         report("payloads", in_time(payloads(config)).await);
     }
+    if let Some(topic) = &config.dead_letter_topic {
+        report("dlq topic", in_time(dead_letter_topic(config, topic)).await);
+    }
     report("catalog", in_time(catalog(config, path)).await);
+    report("tables", in_time(tables(config)).await);
     report("warehouse", in_time(warehouse_store(warehouse)).await);
     report("checkpoint", in_time(checkpoint(config)).await);
     if failed == 0 { Ok(()) } else { Err(Error::Check { failed, probes }) }
@@ -212,6 +218,15 @@ fn sample(config: &Config) -> Result<BTreeMap<String, Sample>, String> {
     Ok(samples)
 }
 
+async fn dead_letter_topic(config: &Config, topic: &str) -> Finding {
+    let (source, topic) = (config.source.clone(), topic.to_string());
+    blocking(move || {
+        let partitions = crate::sink::kafka::partitions(&source, &topic).map_err(|e| e.to_string())?;
+        Ok(format!("topic {topic}: {partitions} partitions"))
+    })
+    .await
+}
+
 /// Reads an existing catalog; where there is none, looks whether one could be made.
 async fn catalog(config: &Config, path: &Path) -> Finding {
     let path = path.to_path_buf();
@@ -233,6 +248,15 @@ async fn catalog(config: &Config, path: &Path) -> Finding {
         Ok(format!("{shown}: tables there: {}; to be created: {}", list(there), list(missing)))
     })
     .await
+}
+
+/// What a start would do to each table, or why it would refuse to.
+async fn tables(config: &Config) -> Finding {
+    let pipeline = Pipeline::compile(config).map_err(|problems| problems.join("\n"))?;
+    let plans = IcebergSink::plan(&config.catalog, &pipeline.tables).await.map_err(|e| e.to_string())?;
+    let refused = plans.iter().any(|plan| matches!(plan.step, TableStep::Refuse(_)));
+    let lines = plans.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    if refused { Err(lines) } else { Ok(lines) }
 }
 
 fn existing_tables(path: &Path) -> rusqlite::Result<Vec<String>> {

@@ -3,9 +3,12 @@
 
 pub mod check;
 pub mod demo;
+pub mod dlq;
+pub mod resume;
 pub mod run;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -30,13 +33,18 @@ enum Command {
     Run(File),
     /// Look for every mistake in a configuration, then try broker, catalog and stores. Creates no table.
     Check(File),
+    /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
+    Resume(File),
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
+    /// Look at dead letters, and try them again.
+    #[command(subcommand)]
+    Dlq(dlq::Dlq),
 }
 
 #[derive(Debug, Args)]
-struct File {
+pub struct File {
     /// The pipeline's configuration, TOML.
     #[arg(env = "FLOE_CONFIG")]
     file: PathBuf,
@@ -83,9 +91,20 @@ impl Cli {
                 check::check(&load(&file)?).await?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Resume(File { file }) => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let done = resume::resume(&load(&file)?).await?;
+                writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
+            }
+            Command::Dlq(command) => {
+                crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
+                dlq::dlq(command).await?;
+                Ok(ExitCode::SUCCESS)
             }
         }
     }
@@ -107,8 +126,17 @@ mod tests {
         for (line, ok) in [
             ("floe run pipeline.toml", true),
             ("floe check pipeline.toml", true),
+            ("floe resume pipeline.toml", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
+            (
+                "floe dlq list pipeline.toml --reason empty --reason wrong_type --since 2026-03-01 --by hour --json",
+                true,
+            ),
+            ("floe dlq show pipeline.toml --limit 3", true),
+            ("floe dlq retry pipeline.toml --dry-run", true),
+            ("floe dlq retry pipeline.toml --reason whatever", false),
+            ("floe dlq", false),
             ("floe", false),
         ] {
             assert_eq!(Cli::try_parse_from(line.split(' ')).is_ok(), ok, "{line}");

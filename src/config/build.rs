@@ -29,6 +29,9 @@ pub const OWNED_PROPERTIES: &[(&str, &str)] = &[
     ("allow.auto.create.topics", "a topic that is missing is a mistake"),
     ("queued.max.messages.kbytes", "set execution.buffer"),
     ("enabled_events", "events are Floe's"),
+    ("transactional.id", "set dead_letters.topic; the id is made from the query's"),
+    ("transaction.timeout.ms", "set deadlines.commit"),
+    ("enable.idempotence", "dead_letters.topic is written in transactions"),
 ];
 
 /// None when there is no use in a `Config`; errors are in the reader either way.
@@ -39,6 +42,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let schema = schema(r);
     let registry = registry::registry(r);
     let transform = TransformConfig { filter: r.text("transform.filter"), columns: r.map("transform.columns") };
+    let quality = quality(r);
     let event_time = event_time(r);
     let rows = r.has("rows").then(|| table(r, "rows"));
     let windows = windows(r);
@@ -49,6 +53,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         r.error("windows.0", "windows need [event_time] with a column");
     }
     let dead_letters = dead_letters(r, rows.as_ref(), &windows);
+    let dead_letter_topic = dead_letter_topic(r, &source.topics);
     let catalog = catalog(r);
     let checkpoint_location =
         if r.has("checkpoint.location") { r.text("checkpoint.location") } else { Some(format!("checkpoints/{name}")) };
@@ -65,10 +70,12 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         schema,
         registry,
         transform,
+        quality,
         event_time,
         rows,
         windows,
         dead_letters,
+        dead_letter_topic,
         catalog: catalog?,
         checkpoint_location: checkpoint_location?,
         http,
@@ -83,6 +90,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         let found = pipeline::compile_pipeline(
             &config.schema.arrow,
             &config.transform,
+            &config.quality.expectations,
             config.event_time.as_ref(),
             &config.windows,
         );
@@ -224,6 +232,54 @@ fn schema(r: &mut Reader<'_>) -> Option<(Arc<Schema>, String)> {
     }
 }
 
+fn quality(r: &mut Reader<'_>) -> QualityConfig {
+    let mut expectations: Vec<ExpectationConfig> = Vec::new();
+    for index in 0.. {
+        let section = format!("quality.expect.{index}");
+        if !r.has(&section) {
+            break;
+        }
+        let key = format!("{section}.name");
+        r.required(&key);
+        r.required(&format!("{section}.sql"));
+        let name = r.text(&key).unwrap_or_default();
+        if r.has(&key) && !is_plain(&name, 128) {
+            r.error(&key, format!("found {name:?}, allowed are up to 128 letters, digits, '.', '_' and '-'"));
+        } else if !name.is_empty() && expectations.iter().any(|e| e.name == name) {
+            r.error(&key, format!("{name:?} is the name of another expectation"));
+        }
+        let sql = r.text(&format!("{section}.sql")).unwrap_or_default();
+        let key = format!("{section}.on_fail");
+        let found = r.text(&key);
+        let on_fail = OnFail::ALL.into_iter().find(|o| found.as_deref() == Some(o.name()));
+        if let (Some(found), None) = (&found, on_fail) {
+            let allowed = OnFail::ALL.map(|o| format!("{:?}", o.name())).join(", ");
+            r.error(&key, format!("found {found:?}, allowed are {allowed}"));
+        }
+        expectations.push(ExpectationConfig { name, sql, on_fail: on_fail.unwrap_or(OnFail::Warn) });
+    }
+    let max_error_rate = r.share("quality.max_error_rate");
+    let min_records = r.integer("quality.min_records").unwrap_or(1);
+    let window = r.duration("quality.window").unwrap_or_default();
+    let probe_interval = r.duration("quality.probe_interval").unwrap_or_default();
+    for key in ["quality.min_records", "quality.window", "quality.probe_interval"] {
+        if r.has(key) && !r.has("quality.max_error_rate") {
+            r.error(key, "has no meaning without quality.max_error_rate");
+        }
+    }
+    if min_records == 0 {
+        r.error("quality.min_records", "found 0, allowed is 1 or more");
+    }
+    for (key, duration) in [("quality.window", window), ("quality.probe_interval", probe_interval)] {
+        if duration.is_zero() && r.has(key) {
+            r.error(key, "found 0, allowed is a duration above 0");
+        }
+    }
+    let breaker =
+        max_error_rate.map(|max_error_rate| BreakerConfig { max_error_rate, min_records, window, probe_interval });
+    QualityConfig { expectations, breaker }
+}
+
 fn event_time(r: &mut Reader<'_>) -> Option<EventTimeConfig> {
     if !r.has("event_time") {
         return None;
@@ -309,6 +365,21 @@ fn dead_letters(r: &mut Reader<'_>, rows: Option<&TableConfig>, windows: &[Windo
         properties: r.map("dead_letters.properties").into_iter().collect(),
         provenance: false,
     }
+}
+
+fn dead_letter_topic(r: &mut Reader<'_>, read: &[String]) -> Option<String> {
+    let topic = r.text("dead_letters.topic")?;
+    if !is_plain(&topic, 249) {
+        let problem = format!("found {topic:?}, allowed are letters, digits, '.', '_' and '-', up to 249");
+        r.error("dead_letters.topic", problem);
+    }
+    if read.contains(&topic) {
+        r.error(
+            "dead_letters.topic",
+            format!("{topic:?} is among source.topics: dead letters would be read again for ever"),
+        );
+    }
+    Some(topic)
 }
 
 fn catalog(r: &mut Reader<'_>) -> Option<CatalogConfig> {
@@ -495,6 +566,7 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
         "headers",
         "batch_id",
         "recorded_at",
+        "schema_fingerprint",
     ];
     check_layout(r, "dead_letters", &config.dead_letters, &dead);
 }

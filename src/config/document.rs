@@ -22,6 +22,8 @@ pub enum Value {
     Text(String),
     Integer(i64),
     Boolean(bool),
+    /// A number with a fraction or an exponent, as written.
+    Decimal(String),
     /// A TOML date-time, as written.
     Time(String),
     /// A kind that no setting has.
@@ -119,7 +121,7 @@ fn convert(text: &str, line: usize, value: &DeValue<'_>) -> Node {
         DeValue::Integer(i) => {
             i64::from_str_radix(i.as_str(), i.radix()).map_or(Value::Other("an integer beyond 64 bits"), Value::Integer)
         }
-        DeValue::Float(_) => Value::Other("a number with a fraction"),
+        DeValue::Float(f) => Value::Decimal(f.as_str().to_string()),
         DeValue::Boolean(b) => Value::Boolean(*b),
         DeValue::Datetime(d) => Value::Time(d.to_string()),
         DeValue::Array(items) => {
@@ -252,15 +254,16 @@ fn assign_from_file(root: &mut Node, path: &[String], name: &str, from: &str, er
 /// `SOURCE__MAX_OFFSETS_PER_TRIGGER` to its path.
 fn resolve(root: &Node, rest: &str) -> Result<Vec<String>, String> {
     let mut path: Vec<String> = rest.to_ascii_lowercase().split("__").map(String::from).collect();
-    if path[0] == "windows"
-        && let Some(index) = path.get(1).and_then(|p| p.parse::<usize>().ok())
+    if let Some((at, index)) = path.iter().enumerate().find_map(|(at, p)| Some((at, p.parse::<usize>().ok()?)))
+        && settings::is_list(&path[..at])
     {
-        let count = match root.get(&path[..1]).map(|n| &n.value) {
+        let count = match root.get(&path[..at]).map(|n| &n.value) {
             Some(Value::List(items)) => items.len(),
             _ => 0,
         };
         if index >= count {
-            return Err(format!("there is no window {index}: the file has {count}, counted from 0"));
+            let entry = if path[0] == "windows" { "window".to_string() } else { path[..at].join(".") };
+            return Err(format!("there is no {entry} {index}: the file has {count}, counted from 0"));
         }
     }
     if settings::find(&path).is_some_and(|s| s.kind != Kind::Map) {

@@ -5,13 +5,13 @@ use sha2::{Digest, Sha256};
 
 use super::{Config, TableConfig};
 
-/// SHA-256 over a canonical form. In it: schema document, whether records are framed, transform, event time, and of every table its name, columns and
-/// keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
+/// SHA-256 over a canonical form. In it: schema document, whether there is a registry, transform, expectations, event time, and of
+/// every table its name, columns and keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
 /// and retry.
 pub fn fingerprint(config: &Config, schema_document: &str) -> String {
     // A document that is not JSON has been refused before.
     let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
-    let meaning = json!({
+    let mut meaning = json!({
         "schema": canonical(schema),
         "registry": config.registry.is_some(),
         "filter": config.transform.filter,
@@ -30,6 +30,11 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
         })).collect::<Vec<_>>(),
         "dead_letters": table(&config.dead_letters),
     });
+    // Only where there are some: configurations without them keep the fingerprint that they have always had.
+    let expectations = &config.quality.expectations;
+    if !expectations.is_empty() {
+        meaning["expectations"] = expectations.iter().map(|e| json!([e.name, e.sql, e.on_fail.name()])).collect();
+    }
     Sha256::digest(meaning.to_string()).iter().map(|b| format!("{b:02x}")).collect()
 }
 

@@ -16,7 +16,7 @@ mod registry;
 pub mod settings;
 #[cfg(test)]
 mod tests;
-mod units;
+pub(crate) mod units;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -43,11 +43,14 @@ pub struct Config {
     /// Where the schemas of framed records are. None: payloads are plain JSON.
     pub registry: Option<RegistryConfig>,
     pub transform: TransformConfig,
+    pub quality: QualityConfig,
     /// None: no windows and no watermark.
     pub event_time: Option<EventTimeConfig>,
     pub rows: Option<TableConfig>,
     pub windows: Vec<WindowConfig>,
     pub dead_letters: TableConfig,
+    /// A topic that gets every dead letter as well.
+    pub dead_letter_topic: Option<String>,
     pub catalog: CatalogConfig,
     /// A path or a URL (`s3://` …); relative paths are relative to the working directory.
     pub checkpoint_location: String,
@@ -102,7 +105,13 @@ impl Config {
             text.push_str(", but offsets that expire before they are read are only recorded in the dead letters");
         }
         let CatalogConfig::Sqlite { .. } = &self.catalog;
-        format!("{text}; {} tables appear together (sqlite)", self.tables().count())
+        text = format!("{text}; {} tables appear together (sqlite)", self.tables().count());
+        if let Some(topic) = &self.dead_letter_topic {
+            text.push_str(&format!(
+                "; dead letters follow in topic {topic}, each once for readers of committed records"
+            ));
+        }
+        text
     }
 }
 
@@ -159,6 +168,57 @@ pub struct TransformConfig {
     pub filter: Option<String>,
     /// Name and SQL expression, in the order of the file.
     pub columns: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct QualityConfig {
+    /// In the order of the file.
+    pub expectations: Vec<ExpectationConfig>,
+    /// None: however many records are refused, the query goes on.
+    pub breaker: Option<BreakerConfig>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ExpectationConfig {
+    pub name: String,
+    pub sql: String,
+    pub on_fail: OnFail,
+}
+
+/// What becomes of a row that fails an expectation, from the mildest to the gravest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OnFail {
+    /// It stays.
+    Warn,
+    /// It is left out, and counted.
+    Drop,
+    DeadLetter,
+    /// It stops the query.
+    Fail,
+}
+
+impl OnFail {
+    pub const ALL: [OnFail; 4] = [OnFail::Warn, OnFail::Drop, OnFail::DeadLetter, OnFail::Fail];
+
+    /// As it is written in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnFail::Warn => "warn",
+            OnFail::Drop => "drop",
+            OnFail::DeadLetter => "dead_letter",
+            OnFail::Fail => "fail",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct BreakerConfig {
+    /// Share of refused records above which a batch is held back: from 0 to below 1.
+    pub max_error_rate: f64,
+    pub min_records: u64,
+    pub window: Duration,
+    /// The first wait before a batch that is held back is tried again.
+    pub probe_interval: Duration,
 }
 
 #[derive(Clone, Debug)]

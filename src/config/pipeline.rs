@@ -2,7 +2,8 @@
 
 use arrow::datatypes::SchemaRef;
 
-use super::{EventTimeConfig, TransformConfig, WindowConfig};
+use super::{EventTimeConfig, ExpectationConfig, TransformConfig, WindowConfig};
+use crate::quality::Expectations;
 use crate::state::WindowQuery;
 use crate::transform::Transform;
 
@@ -10,6 +11,7 @@ use crate::transform::Transform;
 pub fn compile_pipeline(
     schema: &SchemaRef,
     transform: &TransformConfig,
+    expectations: &[ExpectationConfig],
     event_time: Option<&EventTimeConfig>,
     windows: &[WindowConfig],
 ) -> Vec<(String, String)> {
@@ -18,8 +20,11 @@ pub fn compile_pipeline(
         // Windows may use the very columns that are wrong.
         Err(problems) => return problems.iter().map(|p| with_key("", p)).collect(),
     };
-    let Some(event_time) = event_time else { return Vec::new() };
     let mut found = Vec::new();
+    if let Err(problems) = Expectations::compile(expectations, &columns) {
+        found.extend(problems.iter().map(|p| with_key("", p)));
+    }
+    let Some(event_time) = event_time else { return found };
     for (index, window) in windows.iter().enumerate() {
         if let Err(problems) = WindowQuery::compile(window, &columns, &event_time.column) {
             let subject = format!("window table {}: ", window.table.table);

@@ -50,9 +50,9 @@ impl Reader<'_> {
     }
 
     fn check_section(&mut self, node: &Node, path: &mut Vec<String>) {
-        let is_windows = path.len() == 1 && path[0] == "windows";
+        let is_list = settings::is_list(path);
         match &node.value {
-            Value::Table(entries) if !is_windows => {
+            Value::Table(entries) if !is_list => {
                 for (name, child) in entries {
                     path.push(name.clone());
                     if settings::find(path).is_none() {
@@ -65,14 +65,17 @@ impl Reader<'_> {
                     path.pop();
                 }
             }
-            Value::List(items) if is_windows => {
+            Value::List(items) if is_list => {
                 for (index, child) in items.iter().enumerate() {
                     path.push(index.to_string());
                     self.check_section(child, path);
                     path.pop();
                 }
             }
-            _ if is_windows => self.error_at(node, path, "write every window as a section [[windows]]".into()),
+            _ if is_list => {
+                let entry = if path[0] == "windows" { "window" } else { "entry" };
+                self.error_at(node, path, format!("write every {entry} as a section [[{}]]", path.join(".")));
+            }
             _ => self.error_at(node, path, format!("found {}, allowed is a section", describe(node, false))),
         }
     }
@@ -113,6 +116,18 @@ impl Reader<'_> {
             Value::Integer(i) => u64::try_from(*i).ok(),
             Value::Text(t) if n.is_loose() => units::integer(t),
             _ => None,
+        })
+    }
+
+    pub fn share(&mut self, key: &str) -> Option<f64> {
+        self.read(key, |n| {
+            let number = match &n.value {
+                Value::Decimal(t) => t.replace('_', "").parse().ok()?,
+                Value::Integer(i) => *i as f64,
+                Value::Text(t) if n.is_loose() => t.trim().parse::<f64>().ok()?,
+                _ => return None,
+            };
+            (0.0..1.0).contains(&number).then_some(number)
         })
     }
 
@@ -261,6 +276,7 @@ fn describe(node: &Node, hide: bool) -> String {
         Value::Integer(_) if hide => "a number".into(),
         Value::Integer(i) => i.to_string(),
         Value::Boolean(b) => b.to_string(),
+        Value::Decimal(_) => "a number with a fraction".into(),
         Value::Time(t) => t.clone(),
         Value::Other(kind) => (*kind).into(),
         Value::List(_) => "a list that does not fit".into(),

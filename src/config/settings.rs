@@ -7,6 +7,8 @@ pub enum Kind {
     Text,
     Integer,
     Boolean,
+    /// From 0 to below 1.
+    Share,
     Duration,
     Bytes,
     /// Texts; in a variable, separated by commas.
@@ -24,6 +26,7 @@ impl Kind {
             Kind::Text => "a text",
             Kind::Integer => "a whole number, 0 or more",
             Kind::Boolean => "true or false",
+            Kind::Share => "a share from 0 to below 1, such as 0.1",
             Kind::Duration => "a duration such as \"10 seconds\", \"500 ms\" or \"1 hour 30 minutes\"",
             Kind::Bytes => "a size such as \"64 MiB\", or a number of bytes",
             Kind::List => "a list of texts",
@@ -38,7 +41,7 @@ impl Kind {
 
 #[derive(Debug)]
 pub struct Setting {
-    /// Sections joined by dots; `*` stands for the index of a `[[windows]]` entry.
+    /// Sections joined by dots; `*` stands for the index of an entry of a list such as `[[windows]]`.
     pub key: &'static str,
     pub kind: Kind,
     /// As a user would write it. None: required, or absent unless given.
@@ -77,6 +80,13 @@ pub const SETTINGS: &[Setting] = &[
     absent("schema.registry_password", Kind::Text),
     absent("transform.filter", Kind::Text),
     absent("transform.columns", Kind::Map),
+    required("quality.expect.*.name", Kind::Text),
+    required("quality.expect.*.sql", Kind::Text),
+    default("quality.expect.*.on_fail", Kind::Text, "warn"),
+    absent("quality.max_error_rate", Kind::Share),
+    default("quality.min_records", Kind::Integer, "1000"),
+    default("quality.window", Kind::Duration, "5 minutes"),
+    default("quality.probe_interval", Kind::Duration, "30 seconds"),
     required("event_time.column", Kind::Text),
     default("event_time.watermark_delay", Kind::Duration, "10 minutes"),
     default("event_time.policy", Kind::Text, "global-max"),
@@ -98,6 +108,7 @@ pub const SETTINGS: &[Setting] = &[
     absent("dead_letters.partition_by", Kind::List),
     absent("dead_letters.sort_by", Kind::List),
     absent("dead_letters.properties", Kind::Map),
+    absent("dead_letters.topic", Kind::Text),
     default("catalog.type", Kind::Text, "sqlite"),
     default("catalog.path", Kind::Text, "data/catalog.db"),
     default("catalog.warehouse", Kind::Text, "data/warehouse"),
@@ -135,6 +146,14 @@ pub fn is_section(path: &[String]) -> bool {
     })
 }
 
+/// Whether entries of a list lie at the path: `[[windows]]`, `[[quality.expect]]`.
+pub fn is_list(path: &[String]) -> bool {
+    SETTINGS.iter().any(|s| {
+        let mut parts = s.key.split('.');
+        path.iter().all(|p| parts.next().is_some_and(|k| matches(k, p))) && parts.next() == Some("*")
+    })
+}
+
 fn matches(pattern: &str, part: &str) -> bool {
     pattern == part || (pattern == "*" && part.bytes().all(|b| b.is_ascii_digit()))
 }
@@ -161,7 +180,10 @@ pub fn suggestion(path: &[String]) -> String {
     }
     // The right name in the wrong section.
     if let Some(s) = SETTINGS.iter().find(|s| s.key.rsplit('.').next() == Some(lower.as_str())) {
-        return format!("did you mean {}?", s.key.replace("windows.*", "[[windows]]"));
+        return format!(
+            "did you mean {}?",
+            s.key.replace("windows.*", "[[windows]]").replace("quality.expect.*", "[[quality.expect]]")
+        );
     }
     format!("allowed here: {}", names.join(", "))
 }

@@ -102,6 +102,18 @@ commit = "5 minutes"
 workers = 3
 buffer = "32 MiB"
 shutdown_timeout = "5 seconds"
+[quality]
+max_error_rate = 0.1
+min_records = 500
+window = "10 minutes"
+probe_interval = "20 seconds"
+[[quality.expect]]
+name = "battery"
+sql = "battery_level BETWEEN 0 AND 100"
+on_fail = "dead_letter"
+[[quality.expect]]
+name = "status"
+sql = "status IS NOT NULL"
 "#;
 
 struct Case {
@@ -163,6 +175,7 @@ fn a_minimal_file_takes_every_default() {
     let (initial, max) = (Duration::from_millis(200), Duration::from_secs(30));
     assert_eq!(c.retry.strategy, Strategy::Exponential { initial, max });
     assert_eq!(c.retry.deadlines, Deadlines::default());
+    assert!(c.quality.expectations.is_empty() && c.quality.breaker.is_none());
     assert!(c.execution.workers >= 1);
     assert_eq!(c.execution.buffer_bytes, 256 << 20);
     assert_eq!(c.execution.shutdown_timeout, Duration::from_secs(25));
@@ -208,6 +221,11 @@ fn a_full_file_is_read_as_it_is_written() {
     assert_eq!(c.retry.deadlines.commit, Duration::from_secs(300));
     assert_eq!(c.execution.workers, 3);
     assert_eq!(c.execution.buffer_bytes, 32 << 20);
+    let expected: Vec<_> = c.quality.expectations.iter().map(|e| (e.name.as_str(), e.on_fail)).collect();
+    assert_eq!(expected, [("battery", OnFail::DeadLetter), ("status", OnFail::Warn)]);
+    let (window, probe_interval) = (Duration::from_secs(600), Duration::from_secs(20));
+    let breaker = BreakerConfig { max_error_rate: 0.1, min_records: 500, window, probe_interval };
+    assert_eq!(c.quality.breaker, Some(breaker));
 }
 
 /// A sound value for a setting, other than the one in `FULL` and other than the default.
@@ -235,8 +253,14 @@ fn other_value(key: &str) -> &'static str {
         "rows.sort_by" => "status",
         "windows.*.sort_by" => "window_start, device_id",
         "dead_letters.sort_by" => "offset",
+        "dead_letters.topic" => "refused",
         "rows.provenance" => "true",
         "windows.*.group_by" => "device_id, status",
+        "quality.expect.*.name" => "level",
+        "quality.expect.*.sql" => "battery_level > 1",
+        "quality.expect.*.on_fail" => "fail",
+        "quality.max_error_rate" => "0.25",
+        "quality.min_records" => "600",
         "catalog.type" => "sqlite",
         "catalog.path" => "other.db",
         "catalog.warehouse" => "elsewhere",
@@ -257,7 +281,7 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
     let registry =
         "registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = \"hunter2\"\n[transform]\n";
     let full = FULL.replace("[transform]\n", registry);
-    let shown = |c: &Config| format!("{c:?}").split("fingerprint").next().unwrap().to_string();
+    let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);
@@ -654,6 +678,7 @@ fn sections_of_the_wrong_shape() {
     for (text, expected) in [
         ("source = 5", "source: found 5, allowed is a section"),
         ("[windows]\ntable = \"a.b\"", "windows: write every window as a section [[windows]]"),
+        ("[quality]\nexpect = 1", "quality.expect: write every entry as a section [[quality.expect]]"),
         ("windows = [1]", "windows.0: found 1, allowed is a section"),
     ] {
         let errors = Case::new().errors(text);
@@ -696,6 +721,9 @@ fn the_fingerprint_changes_with_what_a_batch_means_and_with_nothing_else() {
         ("commit = \"5 minutes\"", "commit = \"6 minutes\"", true),
         ("workers = 3", "workers = 2", true),
         ("hunter2", "other", true),
+        ("max_error_rate = 0.1", "max_error_rate = 0.2", true),
+        ("BETWEEN 0 AND 100", "BETWEEN 0 AND 99", false),
+        ("\"dead_letter\"", "\"drop\"", false),
         ("status <> 'test'", "status = 'ok'", false),
         ("battery_level < 20", "battery_level < 10", false),
         ("\"20 minutes\"", "\"21 minutes\"", false),
@@ -735,6 +763,34 @@ fn sql_that_does_not_compile_is_a_mistake_of_its_setting() {
         let errors = Case::new().errors(&FULL.replacen(from, to, 1));
         assert!(errors.len() == 1 && errors[0].starts_with(expected), "{to}: expected {expected}, found {errors:#?}");
     }
+}
+
+#[test]
+fn mistakes_in_quality() {
+    for (from, to, expected) in [
+        ("= 0.1\n", "= 1\n", "quality.max_error_rate: found 1, allowed is a share from 0 to below 1"),
+        ("= 0.1\n", "= 1.5\n", "quality.max_error_rate: found a number with a fraction, allowed is a share"),
+        ("= 0.1\n", "= \"0.1\"\n", "quality.max_error_rate: found \"0.1\", allowed is a share"),
+        ("= 500\n", "= 0\n", "quality.min_records: found 0, allowed is 1 or more"),
+        ("window = \"10 minutes\"", "window = \"0 s\"", "quality.window: found 0, allowed is a duration above 0"),
+        (
+            "on_fail = \"dead_letter\"",
+            "on_fail = \"dlq\"",
+            "quality.expect.0.on_fail: found \"dlq\", allowed are \"warn\"",
+        ),
+        ("name = \"status\"", "name = \"battery\"", "quality.expect.1.name: \"battery\" is the name of another"),
+        ("name = \"status\"", "nam = \"status\"", "quality.expect.1.nam: unknown key; did you mean name?"),
+        ("status IS NOT NULL", "stat IS NOT NULL", "quality.expect.1.sql: \"stat IS NOT NULL\": "),
+        ("status IS NOT NULL", "status", "quality.expect.1.sql: \"status\": an expectation is true or false"),
+    ] {
+        let errors = Case::new().errors(&FULL.replacen(from, to, 1));
+        assert!(errors.iter().any(|e| e.contains(expected)), "{to}: expected {expected}, found {errors:#?}");
+    }
+    let errors = Case::new().errors(&FULL.replacen("max_error_rate = 0.1\n", "", 1));
+    assert_eq!(errors.len(), 3, "{errors:#?}");
+    assert!(errors[0].contains("has no meaning without quality.max_error_rate"));
+    let errors = Case::with(&[("FLOE_QUALITY__EXPECT__2__SQL", "true")]).errors(FULL);
+    assert_eq!(errors, ["$FLOE_QUALITY__EXPECT__2__SQL: there is no quality.expect 2: the file has 2, counted from 0"]);
 }
 
 #[test]

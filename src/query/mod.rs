@@ -6,6 +6,7 @@
 //! Invariant: every failure that is not fatal takes the same road as a restart. What is in memory is dropped, the query
 //! backs off and recovers from the checkpoint.
 
+mod hold;
 mod progress;
 mod recover;
 
@@ -17,14 +18,16 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::batch::{self, Gap, Limits, MicroBatch, Offsets, Watermarks};
-use crate::checkpoint::{Checkpoint, CommitEntry, LoggedPlan, StateFile, StateKind};
+use crate::batch::{self, BatchId, Gap, Limits, MicroBatch, Offsets, Watermarks};
+use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateFile, StateKind};
 use crate::clock::{self, ClockMs};
-use crate::config::{Config, StartingOffsets};
+use crate::config::{Config, OnFail, StartingOffsets};
+use crate::dead_letter::topic::DeadLetterTopic;
 use crate::error::{Error, Kind};
 use crate::execute::{self, Executed};
 use crate::failpoint;
 use crate::pipeline::Pipeline;
+use crate::quality::Breaker;
 use crate::retry::{random, with_deadline};
 use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker};
 use crate::source::kafka::KafkaSource;
@@ -35,7 +38,7 @@ use crate::trigger::Trigger;
 use crate::window;
 
 use self::progress::lag;
-use self::recover::check_topics;
+use self::recover::{check_topics, marker_of};
 
 /// Logs older than this many batches are removed.
 const RETAINED_BATCHES: u64 = 100;
@@ -58,12 +61,15 @@ pub async fn run_observed(
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
+    let expectations = pipeline.expectations.iter().flat_map(|e| e.iter());
+    telemetry.expectations(&expectations.map(|e| (e.name.clone(), e.on_fail.name())).collect::<Vec<_>>());
     telemetry.tables(&names(&(0..pipeline.tables.len()).collect::<Vec<_>>()), &names(&pipeline.windows));
     if let Some(listen) = config.http.listen {
         crate::telemetry::serve(listen, telemetry.clone(), shutdown.clone())
             .await
             .map_err(|e| Error::Http { listen, message: e.to_string() })?;
     }
+    let breaker = config.quality.breaker.clone().map(Breaker::new);
     let mut query = StreamingQuery {
         config: Arc::new(config),
         pipeline: Arc::new(pipeline),
@@ -74,6 +80,7 @@ pub async fn run_observed(
         checkpoint: None,
         last_trigger: None,
         ends_at_start: None,
+        breaker,
         on_batch: Box::new(on_batch),
     };
     query.run().await
@@ -91,6 +98,7 @@ struct StreamingQuery {
     last_trigger: Option<Instant>,
     /// `available_now`: where the partitions ended when this process first looked.
     ends_at_start: Option<Offsets>,
+    breaker: Option<Breaker>,
     on_batch: Box<dyn Fn(&BatchProgress) + Send + Sync>,
 }
 
@@ -99,10 +107,20 @@ impl StreamingQuery {
         let mut failures = 0;
         loop {
             let before = self.telemetry.batches();
-            let error = match self.attempt().await {
+            let mut error = match self.attempt().await {
                 Ok(()) => return Ok(()),
                 Err(e) => e,
             };
+            if self.waits_for(&error) {
+                match self.hold(&error).await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => {
+                        failures = 0;
+                        continue;
+                    }
+                    Err(e) => error = e,
+                }
+            }
             if error.kind() == Kind::Fatal {
                 self.telemetry.fatal(&error.to_string());
                 return Err(error);
@@ -195,11 +213,14 @@ struct Session {
     last: Option<Last>,
     /// Logged by an earlier attempt, this process's or another's.
     pending: Option<LoggedPlan>,
+    /// The pending batch, when tables have it already and only its commit log is missing.
+    in_tables: Option<BatchId>,
     /// Measured on earlier batches: what a byte limit is translated with.
     bytes_per_record: Option<f64>,
     /// Where the partitions ended at the last planning.
     latest: Offsets,
     checkpoint_bytes: u64,
+    dead_letter_topic: Option<DeadLetterTopic>,
 }
 
 /// The last committed batch.
@@ -323,10 +344,12 @@ impl Session {
         })
         .await?;
         durations.insert("add_batch".into(), millis(started));
-        let Executed { files, delta, mut state, counts } = executed;
         if failpoint::hit("execute.files_written") {
             return Err(Error::Internal("failpoint execute.files_written".into()));
         }
+        let asked = self.ask_breaker(query, &plan, &digest, &executed);
+        let passed = with_deadline("breaker", deadlines.checkpoint, asked).await?;
+        let Executed { files, delta, mut state, counts } = executed;
 
         // 4. Persist what this attempt adds to the state.
         let started = Instant::now();
@@ -349,8 +372,9 @@ impl Session {
         let started = Instant::now();
         let written: Vec<(u64, u64)> =
             files.iter().map(|files| (files.iter().map(|f| f.record_count()).sum(), files.len() as u64)).collect();
+        let marker = marker_of(&plan, &digest, &query.config.fingerprint);
         let commit = BatchCommit {
-            marker: Marker { pipeline: query.config.name.clone(), batch: plan.batch, plan: digest.clone() },
+            marker: Marker { pipeline: query.config.name.clone(), batch: plan.batch, plan: marker },
             tables: plan.tables.clone(),
             summary: summary(&plan)?,
             files,
@@ -385,6 +409,7 @@ impl Session {
             snapshots: query.pipeline.tables.iter().map(|t| t.name.clone()).zip(committed.snapshots.clone()).collect(),
             counts: counts.clone(),
             committed_at_ms: (query.clock)(),
+            dead_letter_topic: query.config.dead_letter_topic.clone(),
         };
         with_deadline("commit_log", deadlines.checkpoint, self.checkpoint.log_commit(&entry)).await?;
         durations.insert("commit_log".into(), millis(started));
@@ -406,6 +431,7 @@ impl Session {
             records = counts.records,
             rows = counts.rows,
             filtered = counts.filtered,
+            dropped = counts.dropped,
             dead_letters = counts.dead_letters.values().sum::<u64>(),
             late = counts.late.values().sum::<u64>(),
             window_rows = counts.windows.values().sum::<u64>(),
@@ -413,6 +439,8 @@ impl Session {
             ms = progress.batch_duration_ms,
             "batch committed"
         );
+        report_expectations(query, plan.batch, &counts);
+        query.let_through(plan.batch, passed);
         query.telemetry.batch(progress.clone());
         (query.on_batch)(&progress);
 
@@ -422,6 +450,11 @@ impl Session {
         self.state = Some(state);
         self.state_files = state_files;
         self.last = Some(Last { plan, watermark_next_ms });
+
+        // The batch is done and stays so; its dead letters are published before there is another one.
+        if let Some(topic) = &self.dead_letter_topic {
+            with_deadline("publish_dead_letters", deadlines.commit, topic.publish(&self.sink, &entry)).await?;
+        }
         Ok(())
     }
 
@@ -465,6 +498,18 @@ impl Session {
             Err(e) => tracing::debug!(error = %e, "checkpoint size unknown"),
         }
         lock(&self.source).report(&plan.ends());
+    }
+}
+
+/// Once a batch, and only for one that is committed.
+fn report_expectations(query: &StreamingQuery, batch: BatchId, counts: &Counts) {
+    for expectation in query.pipeline.expectations.iter().flat_map(|e| e.iter()) {
+        let failures = counts.expectations.get(&expectation.name).copied().unwrap_or(0);
+        query.telemetry.expectation_failures(&expectation.name, expectation.on_fail.name(), failures);
+        if failures > 0 && expectation.on_fail == OnFail::Warn {
+            let (expectation, sql) = (&expectation.name, &expectation.sql);
+            tracing::warn!(batch, expectation, sql, rows = failures, "rows fail an expectation and are kept");
+        }
     }
 }
 

@@ -74,6 +74,8 @@ impl Session {
                 records: counts.records,
                 rows: counts.rows,
                 filtered: counts.filtered,
+                dropped: counts.dropped,
+                expectations: counts.expectations.clone(),
                 dead_letters: counts.dead_letters.clone(),
                 late: counts.late.clone(),
                 missing_offsets: plan.offsets().saturating_sub(counts.records),

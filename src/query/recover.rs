@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use super::{Last, Session, StreamingQuery, blocking, warn_of_gap};
 use crate::batch::{self, Gap, MicroBatch, Offsets, TopicPartition};
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, LoggedPlan};
 use crate::config::Config;
+use crate::dead_letter::topic::DeadLetterTopic;
 use crate::error::Error;
 use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
 use crate::source::Available;
@@ -36,7 +37,13 @@ impl Session {
         let tables = sink.load().await?;
         check_tables(&config, &checkpoint, &recovered, &tables)?;
 
+        let dead_letter_topic = DeadLetterTopic::open(&config, pipeline.dead_letters, checkpoint.query_id()).await?;
+        if let (Some(topic), Some(commit)) = (&dead_letter_topic, &recovered.commit) {
+            topic.settle(&sink, commit).await?;
+        }
+
         let mut pending = None;
+        let mut in_tables = None;
         let mut last = None;
         let mut evict_ms = 0;
         if let Some(plan) = recovered.plan {
@@ -46,8 +53,10 @@ impl Session {
                     last = Some(Last { plan: plan.plan, watermark_next_ms: commit.watermark_next_ms });
                 }
                 _ => {
-                    if plan.plan.config_fingerprint != config.fingerprint {
-                        return Err(Error::ConfigChanged { batch: plan.plan.batch });
+                    check_config(&config, &plan, &tables)?;
+                    let batch = plan.plan.batch;
+                    if tables.iter().any(|t| t.marker.as_ref().is_some_and(|m| m.batch == batch)) {
+                        in_tables = Some(batch);
                     }
                     // The state is that of the batch before, in which windows closed by its own watermark.
                     evict_ms = plan.plan.watermarks.late_ms;
@@ -95,9 +104,11 @@ impl Session {
             state_files,
             last,
             pending,
+            in_tables,
             bytes_per_record,
             latest: Offsets::new(),
             checkpoint_bytes: 0,
+            dead_letter_topic,
         })
     }
 
@@ -144,6 +155,38 @@ pub(super) fn check_topics(plan: &MicroBatch, available: &Available) -> Result<(
     Ok(())
 }
 
+/// What the marker says of a batch, besides its number: the digest of its plan and, where it is executed with another
+/// configuration than it was planned with, which one. Two executions that may differ never pass for each other.
+pub(super) fn marker_of(plan: &MicroBatch, digest: &str, fingerprint: &str) -> String {
+    if plan.config_fingerprint == fingerprint { digest.to_string() } else { format!("{digest}+{fingerprint}") }
+}
+
+fn is_of_plan(marker: &Marker, logged: &LoggedPlan) -> bool {
+    marker.plan.split('+').next() == Some(logged.digest.as_str())
+}
+
+/// A plan that is not committed may be executed with another configuration than it was planned with, unless some table has
+/// it already: then what the checkpoint would say of the batch, its open windows above all, would not be what the table
+/// has. Other tables than those of the plan cannot tell.
+fn check_config(config: &Config, logged: &LoggedPlan, tables: &[TableInfo]) -> Result<(), Error> {
+    let LoggedPlan { plan, digest } = logged;
+    let marker = marker_of(plan, digest, &config.fingerprint);
+    let other_tables = plan.tables.len() != tables.len() || tables.iter().any(|t| !plan.tables.contains_key(&t.name));
+    let elsewhere = plan.config_fingerprint != config.fingerprint && other_tables;
+    let done_otherwise =
+        tables.iter().filter_map(|t| t.marker.as_ref()).any(|m| m.batch == plan.batch && m.plan != marker);
+    if elsewhere || done_otherwise {
+        return Err(Error::ConfigChanged { batch: plan.batch });
+    }
+    if plan.config_fingerprint != config.fingerprint {
+        tracing::info!(
+            batch = plan.batch,
+            "the batch that was planned is executed with the configuration as it is now"
+        );
+    }
+    Ok(())
+}
+
 /// Compares every table's marker with the checkpoint before anything is done. Every batch sets the marker of every
 /// table, so the two always agree up to the batch in hand; where they do not, someone restored, deleted or re-created
 /// one of them, and going on would lose rows or double them.
@@ -184,7 +227,7 @@ fn check_tables(
             });
         }
         match &table.marker {
-            Some(marker) if marker.batch > newest || marker.batch == newest && marker.plan != logged.digest => {
+            Some(marker) if marker.batch > newest || marker.batch == newest && !is_of_plan(marker, logged) => {
                 return Err(older_checkpoint(checkpoint, &format!("batch {newest}"), table, marker));
             }
             marker => {

@@ -90,7 +90,7 @@ pub fn compile(document: &Node) -> Result<Schema, Vec<String>> {
     }
     let columns = fields.iter().map(|f| datatypes::Field::new(&f.name, f.value.arrow(), f.nullable));
     let arrow = Arc::new(datatypes::Schema::new(columns.collect::<Vec<_>>()));
-    Ok(Schema { arrow, fields, closed })
+    Ok(Schema { arrow, fields, closed, fingerprint: String::new() })
 }
 
 fn read_required<'a>(members: &'a Members, problems: &mut Problems) -> HashSet<&'a str> {

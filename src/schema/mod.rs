@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, SchemaRef, TimeUnit};
+use sha2::{Digest, Sha256};
 
 /// A compiled schema document.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct Schema {
     pub fields: Vec<Field>,
     /// `additionalProperties: false`
     pub closed: bool,
+    /// The first twelve hex digits of the document's SHA-256, as `sha256sum` shows it: what dead letters name the schema by.
+    pub fingerprint: String,
 }
 
 /// One property: its column is at the same index in `Schema::arrow`.
@@ -138,7 +141,9 @@ impl Schema {
 
     pub fn parse(text: &str) -> Result<Arc<Schema>, Vec<String>> {
         let document = document::read(text).map_err(|problem| vec![problem])?;
-        compile::compile(&document).map(Arc::new)
+        let mut schema = compile::compile(&document)?;
+        schema.fingerprint = Sha256::digest(text).iter().take(6).map(|b| format!("{b:02x}")).collect();
+        Ok(Arc::new(schema))
     }
 
     /// A line per column: name, type, whether it can be null, and what is allowed. For `floe check`.

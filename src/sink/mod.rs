@@ -1,6 +1,7 @@
-//! Where tables are written.
+//! Where batches go: tables, and the dead letters a topic as well.
 
 pub mod iceberg;
+pub mod kafka;
 
 use crate::error::Kind;
 

@@ -32,6 +32,9 @@ pub const LAG: &str = "floe_source_lag_records";
 pub const ROWS: &str = "floe_sink_rows_total";
 pub const FILES: &str = "floe_sink_files_total";
 pub const FILTERED: &str = "floe_filtered_rows_total";
+pub const DROPPED: &str = "floe_dropped_rows_total";
+pub const EXPECTATION_FAILURES: &str = "floe_expectation_failures_total";
+pub const BREAKER_OPEN: &str = "floe_breaker_open";
 pub const DEAD_LETTERS: &str = "floe_dead_letters_total";
 pub const LATE_ROWS: &str = "floe_late_rows_total";
 pub const STATE_GROUPS: &str = "floe_state_groups";
@@ -45,7 +48,7 @@ pub const LAST_COMMIT_AGE: &str = "floe_last_commit_age_seconds";
 pub const RETRIES: &str = "floe_retries_total";
 pub const ERRORS: &str = "floe_errors_total";
 
-const METRICS: [(&str, Type, Unit, &str); 26] = [
+const METRICS: [(&str, Type, Unit, &str); 29] = [
     (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
     (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
     (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
@@ -65,6 +68,9 @@ const METRICS: [(&str, Type, Unit, &str); 26] = [
     (ROWS, Counter, Unit::Count, "Rows committed to a table."),
     (FILES, Counter, Unit::Count, "Data files committed to a table."),
     (FILTERED, Counter, Unit::Count, "Valid rows that the filter left out."),
+    (DROPPED, Counter, Unit::Count, "Valid rows that an expectation left out."),
+    (EXPECTATION_FAILURES, Counter, Unit::Count, "Rows that failed an expectation, by its name and what it does."),
+    (BREAKER_OPEN, Gauge, Unit::Count, "1 while a batch is held back because too many of its records are refused."),
     (DEAD_LETTERS, Counter, Unit::Count, "Records refused, by reason."),
     (LATE_ROWS, Counter, Unit::Count, "Rows behind the watermark, by the window table that left them out."),
     (STATE_GROUPS, Gauge, Unit::Count, "Open groups (window and key) of a window table."),
@@ -113,9 +119,10 @@ pub(super) fn install() -> PrometheusHandle {
 /// Everything whose labels are known beforehand starts at 0: a rate needs a value to start from.
 pub(super) fn register() {
     gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    for total in [BATCHES, OFFSETS, RECORDS, MISSING_OFFSETS, FILTERED, RETRIES] {
+    for total in [BATCHES, OFFSETS, RECORDS, MISSING_OFFSETS, FILTERED, DROPPED, RETRIES] {
         counter!(total).increment(0);
     }
+    gauge!(BREAKER_OPEN).set(0.0);
     for reason in Reason::ALL {
         counter!(DEAD_LETTERS, "reason" => reason.code()).increment(0);
     }
@@ -139,6 +146,21 @@ pub(super) fn register_tables(tables: &[String], windows: &[String]) {
     }
 }
 
+/// Name and `on_fail` of every expectation.
+pub(super) fn register_expectations(expectations: &[(String, &'static str)]) {
+    for (name, on_fail) in expectations {
+        counter!(EXPECTATION_FAILURES, "name" => name.clone(), "on_fail" => *on_fail).increment(0);
+    }
+}
+
+pub(super) fn record_expectation(name: &str, on_fail: &'static str, failures: u64) {
+    counter!(EXPECTATION_FAILURES, "name" => name.to_string(), "on_fail" => on_fail).increment(failures);
+}
+
+pub(super) fn record_breaker(open: bool) {
+    gauge!(BREAKER_OPEN).set(if open { 1.0 } else { 0.0 });
+}
+
 pub(super) fn record_batch(p: &BatchProgress) {
     counter!(BATCHES).increment(1);
     gauge!(BATCH_ID).set(p.batch_id as f64);
@@ -150,6 +172,7 @@ pub(super) fn record_batch(p: &BatchProgress) {
     counter!(RECORDS).increment(p.counts.records);
     counter!(MISSING_OFFSETS).increment(p.counts.missing_offsets);
     counter!(FILTERED).increment(p.counts.filtered);
+    counter!(DROPPED).increment(p.counts.dropped);
     for (reason, n) in &p.counts.dead_letters {
         counter!(DEAD_LETTERS, "reason" => reason.clone()).increment(*n);
     }

@@ -145,6 +145,22 @@ impl Telemetry {
         metrics::register_tables(tables, windows);
     }
 
+    /// Names the expectations, each with what it does, for the same reason.
+    pub fn expectations(&self, expectations: &[(String, &'static str)]) {
+        metrics::register_expectations(expectations);
+    }
+
+    /// How many rows of a committed batch failed an expectation.
+    pub fn expectation_failures(&self, name: &str, on_fail: &'static str, failures: u64) {
+        metrics::record_expectation(name, on_fail, failures);
+    }
+
+    /// A batch is held back, and why; or none is any more.
+    pub fn breaker(&self, open_because: Option<String>) {
+        metrics::record_breaker(open_because.is_some());
+        self.set_ready(open_because);
+    }
+
     /// A batch is committed. Call it once a batch, also when recovery finds that only its commit log was missing.
     pub fn batch(&self, progress: BatchProgress) {
         metrics::record_batch(&progress);

@@ -90,7 +90,7 @@ pub struct TableProgress {
     pub snapshot_id: Option<i64>,
 }
 
-/// Where every offset of the batch went: `offsets = records + missing_offsets`, `records = rows + filtered + dead letters`.
+/// Where every offset of the batch went: `offsets = records + missing_offsets`, `records = rows + filtered + dropped + dead letters`.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Counts {
@@ -98,6 +98,10 @@ pub struct Counts {
     pub records: u64,
     pub rows: u64,
     pub filtered: u64,
+    /// Valid rows left out by an expectation with `on_fail = "drop"`.
+    pub dropped: u64,
+    /// Rows that failed an expectation, by its name; a row may fail several.
+    pub expectations: BTreeMap<String, u64>,
     /// By reason code.
     pub dead_letters: BTreeMap<String, u64>,
     /// Rows behind the watermark, by window table; they are rows nevertheless.

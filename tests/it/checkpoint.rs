@@ -276,16 +276,44 @@ fn a_logged_plan_is_replayed_as_it_was_planned() {
     everything(&pipeline, Broker::shared(), &telemetry());
 }
 
-/// A setting that decides what a batch means cannot change between its plan and its execution; after the batch it can.
+/// A batch that no table has may be executed with other settings than it was planned with. Once a table has it, what was
+/// executed is what counts, and other settings are refused until its commit is logged.
 #[test]
 fn a_planned_batch_is_not_executed_with_other_settings() {
     let _turn = turn();
-    let mut pipeline = left_behind("other_settings");
+    let mut pipeline = pipeline("other_settings");
+    pipeline.run_failing("commit_log.before_put:kill:3").expect_killed();
     let before = offsets_in_tables(&pipeline.tables());
+    assert_eq!(before, 1_500);
     pipeline.set("transform.filter", "duration_ms < 5000");
     pipeline.spawn().wait().expect_code(3).expect_output(&["batch 2"]);
     assert_eq!(offsets_in_tables(&pipeline.tables()), before);
     pipeline.remove("transform");
     pipeline.run();
     everything(&pipeline, Broker::shared(), &telemetry());
+}
+
+#[test]
+fn a_planned_batch_that_no_table_has_is_executed_with_the_settings_of_now() {
+    let _turn = turn();
+    let mut pipeline = left_behind("newer_settings");
+    let before = offsets_in_tables(&pipeline.tables());
+    // Other tables than those it was planned for cannot tell whether it is in them.
+    pipeline.set("rows.table", "telemetry.other");
+    pipeline.spawn().wait().expect_code(3).expect_output(&["batch 2"]);
+    pipeline.set("rows.table", "telemetry.events");
+    // Killed once the tables have it: from now on it is the batch of these settings, and of no others.
+    pipeline.set("transform.filter", "duration_ms is null");
+    pipeline.run_failing("commit_log.before_put:kill").expect_killed();
+    let dead = telemetry().truth().dead_letters();
+    pipeline.remove("transform");
+    pipeline.spawn().wait().expect_code(3).expect_output(&["batch 2"]);
+    pipeline.set("transform.filter", "duration_ms is null");
+    pipeline.run();
+    let tables = pipeline.tables();
+    let rows: u64 = tables.value("select count(*) from {telemetry.events}");
+    let filtered: u64 = tables.value("select count(*) from {telemetry.events} where duration_ms is null");
+    let refused: u64 = tables.value("select count(*) from {telemetry.dead_letters}");
+    assert_eq!(refused, dead);
+    assert!(rows <= before && rows > 0 && filtered == 0, "{rows} rows, {filtered} without a duration, {before} before");
 }

@@ -16,8 +16,14 @@ mod check;
 mod checkpoint;
 /// Expired offsets, topics re-created, partitions added.
 mod data_loss;
+/// The Kafka topic of dead letters has each refused offset once, whatever is killed.
+mod dead_letter_topic;
 /// `floe demo`.
 mod demo;
+/// Dead letters listed, shown and tried again: each becomes a row once, whatever is killed and whoever commits meanwhile.
+mod dlq;
+/// A new version of the schema: tables follow where they can, and a start is refused where they cannot.
+mod evolution;
 /// Killed at every step of the protocol, each offset is in the tables once.
 mod exactly_once;
 /// The harness itself: the generator's truth and the readers.
@@ -28,6 +34,8 @@ mod invalid_data;
 mod operating;
 /// Two processes on one checkpoint.
 mod ownership;
+/// Expectations on rows; too many refused records hold a batch back.
+mod quality;
 /// Killed at random moments.
 mod random_kills;
 /// Records framed with a schema id, by a registry that may be away.
@@ -42,5 +50,7 @@ mod shutdown;
 mod source;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.
 mod triggers;
+/// Tables stay small and fast, whatever the number of commits.
+mod upkeep;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;

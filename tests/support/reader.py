@@ -13,6 +13,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.types import StringType
 
 CATALOG = "floe"
 
@@ -92,6 +93,15 @@ def write(request):
     opened.engine.dispose()
 
 
+def add_column(request):
+    """What another engine does to a table that Floe writes."""
+    opened = catalog(request)
+    update = opened.load_table(request["table"]).update_schema(allow_incompatible_changes=True)
+    with update:
+        update.add_column(request["column"], StringType(), required=request["required"])
+    opened.engine.dispose()
+
+
 def answer(connection, request):
     match request["op"]:
         case "query":
@@ -104,6 +114,8 @@ def answer(connection, request):
             return catalog(request).drop_table(request["table"])
         case "write":
             return write(request)
+        case "add_column":
+            return add_column(request)
         case other:
             raise ValueError(f"unknown request {other}")
 

@@ -179,6 +179,14 @@ impl Tables {
         try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
     }
 
+    /// Another engine adds a column of strings.
+    pub fn add_column(&self, table: &str, column: &str, required: bool) {
+        let request = json!({
+            "op": "add_column", "catalog": self.catalog, "table": table, "column": column, "required": required,
+        });
+        try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
+    }
+
     fn warehouse(&self) -> PathBuf {
         self.catalog.with_file_name("warehouse")
     }

@@ -13,7 +13,7 @@ use iceberg::spec::TableMetadata;
 use crate::sink::Error;
 
 /// `namespace.table`; the namespace may have several levels.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TableName {
     pub namespace: String,
     pub name: String,

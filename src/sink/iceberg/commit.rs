@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, iceberg_error};
-use super::{BoundTable, Inner, files};
+use super::manifests::Merge;
+use super::{BoundTable, Inner, files, metadata};
 use crate::batch::BatchId;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
@@ -32,7 +33,8 @@ const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis
 pub struct Marker {
     pub pipeline: String,
     pub batch: BatchId,
-    /// `sha256:<hex>` of the plan as logged.
+    /// `sha256:<hex>` of the plan as logged; with `+<fingerprint>` where the batch was executed with another configuration
+    /// than it was planned with.
     pub plan: String,
 }
 
@@ -93,6 +95,7 @@ impl Inner {
                 Ok(()) => {
                     let mut now = loaded;
                     for change in changes {
+                        metadata::remove_dropped(&self.file_io, &change.base.metadata, &change.metadata).await;
                         if let Some(i) = self.tables.iter().position(|t| t.name == change.table) {
                             now[i].metadata = change.metadata.into();
                         }
@@ -112,6 +115,9 @@ impl Inner {
                             message,
                             "a commit of unknown outcome has happened"
                         );
+                        for (before, now) in loaded.iter().zip(&now) {
+                            metadata::remove_dropped(&self.file_io, &before.metadata, &now.metadata).await;
+                        }
                         return Ok(Committed {
                             already: false,
                             snapshots: self.snapshots_of(&now, commit.marker.batch),
@@ -162,14 +168,12 @@ impl Inner {
 
     /// The snapshot that a batch of this query has added.
     fn snapshot_of<'a>(&self, metadata: &'a TableMetadata, batch: BatchId) -> Option<&'a SnapshotRef> {
-        metadata.snapshots().find(|snapshot| {
-            snapshot
-                .summary()
-                .additional_properties
-                .get(&self.marker_property)
-                .and_then(|json| serde_json::from_str::<Marker>(json).ok())
-                .is_some_and(|marker| marker.batch == batch)
-        })
+        let is_it = |snapshot: &&SnapshotRef| {
+            let json = snapshot.summary().additional_properties.get(&self.marker_property);
+            json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
+        };
+        // Nearly always it is the newest one.
+        metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
     }
 
     /// Writes manifest and manifest list, if there are files, and makes the table's next metadata.
@@ -203,7 +207,7 @@ impl Inner {
         Ok(Staged { change: TableChange { table: table.name.clone(), base: loaded.clone(), metadata }, written })
     }
 
-    async fn append(
+    pub(super) async fn append(
         &self,
         table: &BoundTable,
         metadata: &TableMetadata,
@@ -235,11 +239,20 @@ impl Inner {
             // No sequence number: readers inherit it from the manifest list.
             manifest.add_file(file.clone(), iceberg::spec::UNASSIGNED_SEQUENCE_NUMBER)?;
         }
-        let mut manifests: Vec<ManifestFile> = vec![manifest.write_manifest_file().await?];
+        let mut list_of: Vec<ManifestFile> = vec![manifest.write_manifest_file().await?];
 
-        // Every manifest of the parent is taken over as it is; merging small ones belongs here.
+        // Every manifest of the parent is taken over, small ones merged when there are many.
+        let mut counts = HashMap::from([("manifests-created", 1), ("manifests-kept", 0), ("manifests-replaced", 0)]);
         if let Some(parent) = parent {
-            manifests.extend(self.manifests(metadata, parent).await?.consume_entries());
+            let parents = self.manifests(metadata, parent).await?.consume_entries().into_iter().collect();
+            let path = |n: usize| format!("{folder}/{attempt}-m{n}.avro");
+            let merge = Merge { file_io: &self.file_io, metadata, spec_id, schema, snapshot_id };
+            let merged = merge.run(parents, path, written).await;
+            counts.insert("manifests-created", 1 + merged.created);
+            counts.insert("manifests-kept", merged.manifests.len() - merged.created);
+            counts.insert("manifests-replaced", merged.replaced);
+            counts.insert("entries-processed", merged.entries);
+            list_of.extend(merged.manifests);
         }
 
         let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
@@ -247,13 +260,15 @@ impl Inner {
         let sequence_number = metadata.next_sequence_number();
         let writer = self.file_io.new_output(&list_path)?.writer().await?;
         let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
-        list.add_manifests(manifests.into_iter())?;
+        list.add_manifests(list_of.into_iter())?;
         list.close().await?;
 
         let mut collector = SnapshotSummaryCollector::default();
         for file in files {
             collector.add_file(file, schema.clone(), spec.clone());
         }
+        let mut properties = properties;
+        properties.extend(counts.into_iter().map(|(key, count)| (key.to_string(), count.to_string())));
         let additional_properties =
             summary(properties, collector.build(), parent.map(|p| &p.summary().additional_properties));
         // Snapshots of one table are ordered in time, also when clocks are not.
@@ -269,7 +284,11 @@ impl Inner {
             .build())
     }
 
-    async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
+    pub(super) async fn manifests(
+        &self,
+        metadata: &TableMetadata,
+        snapshot: &Snapshot,
+    ) -> iceberg::Result<ManifestList> {
         let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
         ManifestList::parse_with_version(&bytes, metadata.format_version())
     }
@@ -315,12 +334,12 @@ impl Inner {
         Ok(removed)
     }
 
-    async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
+    pub(super) async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
         self.file_io.new_input(location)?.read().await
     }
 
     /// Best effort: files of an attempt that certainly was not committed.
-    async fn forget(&self, written: impl Iterator<Item = String>) {
+    pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
         futures::stream::iter(written)
             .for_each_concurrent(4, |location| async move {
                 if let Err(error) = self.file_io.delete(&location).await {

@@ -1,7 +1,7 @@
 //! From a [`TableSpec`] to Iceberg's schema, partition spec and sort order, and whether an existing table fits it.
 //!
-//! Pure. Invariant: a table that was checked takes every batch of its spec without loss: types are equal or widen, and no
-//! column of the spec is missing.
+//! Pure. Invariant: a table that fits takes every batch of its spec without loss: types are equal or widen, and no column
+//! of the spec is missing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,23 +13,35 @@ use arrow::error::ArrowError;
 use iceberg::TableCreation;
 use iceberg::arrow::{arrow_schema_to_schema_auto_assign_ids, schema_to_arrow_schema};
 use iceberg::spec::{
-    FormatVersion, NestedFieldRef, NullOrder, PrimitiveType, Schema, SortDirection, SortField, SortOrder, StructType,
-    TableMetadata, Transform, Type, UnboundPartitionField, UnboundPartitionSpec,
+    FormatVersion, NullOrder, PrimitiveType, Schema, SortDirection, SortField, SortOrder, TableMetadata, Transform,
+    Type, UnboundPartitionField, UnboundPartitionSpec,
 };
 
 use super::TableSpec;
 use super::catalog::iceberg_error;
+use super::evolution::{self, Evolution};
 use crate::sink::Error;
 
-/// Without a bound the metadata file of every commit lists all those before it.
-const PREVIOUS_VERSIONS_MAX: &str = "20";
+/// What keeps a table with millions of commits small: a bounded log of metadata files, those that leave it deleted, and
+/// manifests merged early.
+const DEFAULTS: [(&str, &str); 3] = [
+    ("write.metadata.previous-versions-max", "20"),
+    (super::metadata::DELETE_AFTER_COMMIT, "true"),
+    (super::manifests::MIN_COUNT_TO_MERGE, "50"),
+];
 
 pub fn creation(spec: &TableSpec) -> Result<TableCreation, Error> {
     let schema = iceberg_schema(spec)?;
+    if let Some((a, b)) = evolution::ambiguous_name(schema.as_struct()) {
+        return Err(Error::fatal(format!(
+            "table {}: columns {a:?} and {b:?} differ in case only, which most engines cannot tell apart; rename one",
+            spec.name
+        )));
+    }
     let partition_spec = partition_spec(spec, &schema)?;
     let sort_order = sort_order(spec, &schema)?;
     let mut properties: HashMap<String, String> =
-        [("write.metadata.previous-versions-max".to_string(), PREVIOUS_VERSIONS_MAX.to_string())].into();
+        DEFAULTS.iter().map(|(property, value)| (property.to_string(), value.to_string())).collect();
     properties.extend(spec.properties.clone());
     Ok(TableCreation::builder()
         .name(spec.name.clone())
@@ -134,46 +146,19 @@ fn sort_order(spec: &TableSpec, schema: &Schema) -> Result<SortOrder, Error> {
     Ok(SortOrder { order_id: 1, fields })
 }
 
-/// The columns of an existing table as batches have to come, or why the table does not fit the spec.
-pub fn check(spec: &TableSpec, metadata: &TableMetadata) -> Result<ArrowSchemaRef, Error> {
-    if metadata.format_version() != FormatVersion::V2 {
-        return Err(Error::fatal(format!(
-            "table {} has format version {}; only version 2 is written",
-            spec.name,
-            metadata.format_version() as u8
-        )));
+/// What it takes to make an existing table fit its spec.
+pub fn evolution(spec: &TableSpec, metadata: &TableMetadata) -> Result<Evolution, Error> {
+    let version = metadata.format_version();
+    if version != FormatVersion::V2 {
+        return Ok(Evolution::Refuse(format!("  it has format version {}; only version 2 is written", version as u8)));
     }
-    let wanted = schema_to_arrow_schema(&iceberg_schema(spec)?).map_err(|e| iceberg_error("check", &spec.name, e))?;
-    let found = schema_to_arrow_schema(metadata.current_schema()).map_err(|e| iceberg_error("check", &spec.name, e))?;
-    let mut problems = Vec::new();
-    compare("", wanted.fields(), found.fields(), &mut problems);
-    if !problems.is_empty() {
-        return Err(Error::fatal(format!(
-            "table {} does not fit the pipeline: {}. Change the table or the pipeline, or write to a new table.\n  the pipeline has: {}\n  the table has:    {}",
-            spec.name,
-            problems.join("; "),
-            describe(iceberg_schema(spec)?.as_struct()),
-            describe(metadata.current_schema().as_struct()),
-        )));
-    }
-    Ok(Arc::new(found))
+    Ok(evolution::plan(metadata.current_schema(), metadata.last_column_id(), &iceberg_schema(spec)?))
 }
 
-/// `a long, b required struct<c string>`.
-fn describe(columns: &StructType) -> String {
-    fn kind(of: &Type) -> String {
-        match of {
-            Type::Primitive(primitive) => primitive.to_string(),
-            Type::Struct(columns) => format!("struct<{}>", describe(columns)),
-            Type::List(list) => format!("list<{}>", kind(&list.element_field.field_type)),
-            Type::Map(map) => {
-                format!("map<{}, {}>", kind(&map.key_field.field_type), kind(&map.value_field.field_type))
-            }
-        }
-    }
-    let column =
-        |f: &NestedFieldRef| format!("{} {}{}", f.name, if f.required { "required " } else { "" }, kind(&f.field_type));
-    columns.fields().iter().map(column).collect::<Vec<_>>().join(", ")
+/// The columns of a table as batches have to come.
+pub fn arrow_schema(spec: &TableSpec, metadata: &TableMetadata) -> Result<ArrowSchemaRef, Error> {
+    let schema = schema_to_arrow_schema(metadata.current_schema());
+    Ok(Arc::new(schema.map_err(|e| iceberg_error("write to", &spec.name, e))?))
 }
 
 /// Whether the table is partitioned as the spec says. It need not be: the table's own partitioning is what is used.
@@ -186,44 +171,6 @@ pub fn is_partitioned_as(spec: &TableSpec, metadata: &TableMetadata) -> bool {
                 transform == field.transform && schema.name_by_field_id(field.source_id) == Some(column.as_str())
             })
         })
-}
-
-fn compare(prefix: &str, wanted: &Fields, found: &Fields, problems: &mut Vec<String>) {
-    for field in wanted {
-        let name = format!("{prefix}{}", field.name());
-        match found.find(field.name()) {
-            None => problems.push(format!("the table has no column {name:?} and columns are not added to it")),
-            Some((_, there)) => compare_field(&name, field, there, problems),
-        }
-    }
-    for field in found.iter().filter(|f| !f.is_nullable() && wanted.find(f.name()).is_none()) {
-        problems.push(format!(
-            "the table requires column {:?}, which the pipeline does not have",
-            format!("{prefix}{}", field.name())
-        ));
-    }
-}
-
-fn compare_field(name: &str, wanted: &FieldRef, found: &FieldRef, problems: &mut Vec<String>) {
-    if wanted.is_nullable() && !found.is_nullable() {
-        problems.push(format!("column {name:?} may be null here and is required in the table"));
-    }
-    match (wanted.data_type(), found.data_type()) {
-        (DataType::Struct(wanted), DataType::Struct(found)) => compare(&format!("{name}."), wanted, found, problems),
-        (DataType::List(wanted), DataType::List(found)) => {
-            compare_field(&format!("{name}.element"), wanted, found, problems)
-        }
-        (DataType::Map(wanted, _), DataType::Map(found, _)) => match (wanted.data_type(), found.data_type()) {
-            (DataType::Struct(wanted), DataType::Struct(found)) if wanted.len() == 2 && found.len() == 2 => {
-                compare_field(&format!("{name}.key"), &wanted[0], &found[0], problems);
-                compare_field(&format!("{name}.value"), &wanted[1], &found[1], problems);
-            }
-            _ => problems.push(format!("column {name:?} is not a map of the same form")),
-        },
-        (wanted, found) if wanted == found => {}
-        (DataType::Int32, DataType::Int64) | (DataType::Float32, DataType::Float64) => {}
-        (wanted, found) => problems.push(format!("column {name:?} is {wanted} here and {found} in the table")),
-    }
 }
 
 /// `rows` with the columns, types and field ids of `table`. Values are shared, not copied, unless a type widens.

@@ -7,8 +7,13 @@
 
 mod catalog;
 mod commit;
+mod evolution;
 mod files;
 mod layout;
+mod manifests;
+mod metadata;
+mod plan;
+mod read;
 mod sqlite;
 mod storage;
 #[cfg(test)]
@@ -32,9 +37,13 @@ use crate::config::CatalogConfig;
 use crate::sink::Error;
 
 pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
+pub use self::evolution::Change;
 pub use self::files::TableWriter;
+pub use self::plan::{TablePlan, TableStep};
+pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
-pub use iceberg::spec::DataFile;
+pub use iceberg::expr::{Predicate, Reference};
+pub use iceberg::spec::{DataFile, Datum};
 
 const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
 
@@ -85,7 +94,8 @@ struct BoundTable {
 }
 
 impl IcebergSink {
-    /// Loads or creates every table. Fatal when an existing table does not fit its spec.
+    /// Loads every table, creates or evolves it where that is needed. Fatal, and nothing is changed anywhere, when a table
+    /// cannot be made to fit its spec.
     pub async fn open(
         catalog: &CatalogConfig,
         query_id: Uuid,
@@ -99,27 +109,27 @@ impl IcebergSink {
                 Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
             }
         };
-        let mut tables: Vec<BoundTable> = Vec::with_capacity(specs.len());
-        for spec in specs {
-            let name = TableName::parse(&spec.name)?;
-            if tables.iter().any(|t| t.name == name) {
-                return Err(Error::fatal(format!(
-                    "table {name} is named twice: every output needs a table of its own"
-                )));
-            }
-            let loaded = match catalog.load(&name).await? {
-                Some(loaded) => loaded,
-                None => {
-                    let created = catalog.create(&name, layout::creation(spec)?).await?;
-                    tracing::info!(table = %name, pipeline, location = created.metadata.location(), "created table");
-                    created
-                }
-            };
-            tables.push(bind(name, spec, &loaded.metadata, &file_io)?);
-        }
+        let tables = plan::carry_out(catalog.as_ref(), &file_io, pipeline, specs)
+            .await?
+            .into_iter()
+            .zip(specs)
+            .map(|((name, loaded), spec)| bind(name, spec, &loaded.metadata, &file_io))
+            .collect::<Result<_, _>>()?;
         let runtime = Handle::current();
         let marker_property = marker_property(query_id);
         Ok(IcebergSink(Arc::new(Inner { catalog, storage, file_io, runtime, query_id, marker_property, tables })))
+    }
+
+    /// What [`IcebergSink::open`] would do to every table, found out without a change to anything.
+    pub async fn plan(catalog: &CatalogConfig, specs: &[TableSpec]) -> Result<Vec<TablePlan>, Error> {
+        let file_io = TableStorage::default().file_io();
+        let catalog = match catalog {
+            CatalogConfig::Sqlite { path, warehouse } => {
+                sqlite::SqliteCatalog::open_read_only(path, warehouse, file_io).await?
+            }
+        };
+        let planned = plan::plan(catalog.as_ref().map(|c| c as &dyn Catalog), specs).await?;
+        Ok(planned.into_iter().map(|p| p.plan).collect())
     }
 
     /// Every table as it is now, in the order of the specs.
@@ -147,9 +157,20 @@ impl IcebergSink {
         TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), &prefix, attempt, worker)
     }
 
+    /// A writer for rows that belong to no batch. No batch's files begin with `prefix`, so none tidies them away.
+    pub fn writer_of(&self, table: usize, prefix: &str, attempt: Uuid) -> TableWriter {
+        TableWriter::new(self.0.tables[table].files.clone(), self.0.runtime.clone(), prefix, attempt, 0)
+    }
+
     /// Step 5 of the protocol. Safe to call again with the same batch: what is there is left alone.
     pub async fn commit(&self, commit: &BatchCommit) -> Result<Committed, Error> {
         self.0.commit(commit).await
+    }
+
+    /// Best effort: deletes the data files of an attempt that will not be committed.
+    pub async fn discard(&self, files: impl IntoIterator<Item = &DataFile>) {
+        let paths: Vec<String> = files.into_iter().map(|file| file.file_path().to_string()).collect();
+        self.0.forget(paths.into_iter()).await;
     }
 
     /// Deletes data files of failed attempts at `batch` and returns how many. Only to be called once a commit has confirmed
@@ -199,7 +220,7 @@ impl Inner {
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
-    let arrow_schema = layout::check(spec, metadata)?;
+    let arrow_schema = layout::arrow_schema(spec, metadata)?;
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
     }

@@ -4,9 +4,10 @@
 //! programs open the same file: `SqlCatalog("floe", uri="sqlite:///data/catalog.db", warehouse=…)` in PyIceberg. The
 //! catalog name is part of every key, so it has to be [`CATALOG_NAME`] there too.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,7 +15,7 @@ use futures::future::try_join_all;
 use iceberg::io::FileIO;
 use iceberg::spec::{TableMetadata, TableMetadataBuilder};
 use iceberg::{MetadataLocation, TableCreation};
-use rusqlite::{Connection, ErrorCode, OptionalExtension, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 use uuid::Uuid;
 
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName, iceberg_error};
@@ -52,6 +53,9 @@ pub struct SqliteCatalog {
     connection: Arc<Mutex<Connection>>,
     /// Catalogs of older programs lack the column `iceberg_type`.
     typed: bool,
+    /// The metadata last seen of every table. A metadata file never changes, so one that is still current need not be
+    /// read and parsed again: it grows with every snapshot that the table keeps.
+    seen: Arc<Mutex<HashMap<TableName, LoadedTable>>>,
 }
 
 impl SqliteCatalog {
@@ -65,7 +69,34 @@ impl SqliteCatalog {
                 })?;
             }
             let (connection, typed) = connect(&path).map_err(|e| sql_error(&path, "open it", e))?;
-            Ok(SqliteCatalog { path, warehouse, file_io, connection: Arc::new(Mutex::new(connection)), typed })
+            Ok(SqliteCatalog {
+                path,
+                warehouse,
+                file_io,
+                connection: Arc::new(Mutex::new(connection)),
+                typed,
+                seen: Arc::default(),
+            })
+        })
+        .await
+    }
+
+    /// A catalog to look at only. None where there is no catalog yet.
+    pub async fn open_read_only(path: &Path, warehouse: &str, file_io: FileIO) -> Result<Option<SqliteCatalog>, Error> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let (path, warehouse) = (path.to_path_buf(), warehouse.to_string());
+        blocking(move || {
+            let found = connect_read_only(&path).map_err(|e| sql_error(&path, "read it", e))?;
+            Ok(found.map(|(connection, typed)| SqliteCatalog {
+                path,
+                warehouse,
+                file_io,
+                connection: Arc::new(Mutex::new(connection)),
+                typed,
+                seen: Arc::default(),
+            }))
         })
         .await
     }
@@ -117,6 +148,10 @@ impl SqliteCatalog {
         Ok(location.to_string())
     }
 
+    fn seen(&self) -> MutexGuard<'_, HashMap<TableName, LoadedTable>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Best effort: files that no catalog has ever named.
     async fn forget(&self, locations: &[String]) {
         for location in locations {
@@ -131,10 +166,15 @@ impl SqliteCatalog {
 impl Catalog for SqliteCatalog {
     async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
         let Some(metadata_location) = self.metadata_location(table).await? else { return Ok(None) };
+        if let Some(seen) = self.seen().get(table).filter(|seen| seen.metadata_location == metadata_location) {
+            return Ok(Some(seen.clone()));
+        }
         let metadata = TableMetadata::read_from(&self.file_io, &metadata_location)
             .await
             .map_err(|e| iceberg_error("read the metadata of", table, e))?;
-        Ok(Some(LoadedTable { metadata_location, metadata: Arc::new(metadata) }))
+        let loaded = LoadedTable { metadata_location, metadata: Arc::new(metadata) };
+        self.seen().insert(table.clone(), loaded.clone());
+        Ok(Some(loaded))
     }
 
     async fn create(&self, table: &TableName, creation: TableCreation) -> Result<LoadedTable, Error> {
@@ -178,6 +218,10 @@ impl Catalog for SqliteCatalog {
             self.forget(&locations).await;
         }
         outcome?;
+        for (change, metadata_location) in changes.iter().zip(locations) {
+            let metadata = Arc::new(change.metadata.clone());
+            self.seen().insert(change.table.clone(), LoadedTable { metadata_location, metadata });
+        }
         if failpoint::hit("commit.committed") {
             return Err(CommitError::Failed(Error::indeterminate("failpoint commit.committed")));
         }
@@ -203,8 +247,22 @@ fn connect(path: &Path) -> rusqlite::Result<(Connection, bool)> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.execute_batch(LAYOUT)?;
-    let typed = connection.prepare("SELECT iceberg_type FROM iceberg_tables LIMIT 0").is_ok();
+    let typed = is_typed(&connection);
     Ok((connection, typed))
+}
+
+fn connect_read_only(path: &Path) -> rusqlite::Result<Option<(Connection, bool)>> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    let known: i64 =
+        connection
+            .query_row("SELECT count(*) FROM sqlite_master WHERE name = 'iceberg_tables'", [], |row| row.get(0))?;
+    let typed = is_typed(&connection);
+    Ok((known > 0).then_some((connection, typed)))
+}
+
+fn is_typed(connection: &Connection) -> bool {
+    connection.prepare("SELECT iceberg_type FROM iceberg_tables LIMIT 0").is_ok()
 }
 
 /// False: the name is taken.

@@ -1,10 +1,12 @@
 use std::sync::Arc;
 
+use arrow::array::AsArray;
 use arrow::array::{
     ArrayRef, BinaryArray, BinaryBuilder, BooleanArray, Float64Array, Int32Array, Int64Array, ListBuilder, RecordBatch,
     StringArray, StringBuilder, StructBuilder, TimestampMicrosecondArray,
 };
-use arrow::datatypes::{DataType, Field, Fields, Schema, TimeUnit};
+use arrow::datatypes::{DataType, Field, Fields, Int64Type, Schema, TimeUnit};
+use futures::TryStreamExt;
 use tempfile::TempDir;
 
 use super::*;
@@ -222,6 +224,55 @@ async fn racing_writers_retry_and_lose_nothing() {
     assert_eq!(events_table.snapshots().len(), 16);
 }
 
+async fn offsets(mut rows: Rows) -> Vec<i64> {
+    let mut offsets = Vec::new();
+    while let Some(batch) = rows.try_next().await.unwrap() {
+        assert_eq!(batch.num_columns(), 1);
+        offsets.extend(batch.column(0).as_primitive::<Int64Type>().values());
+    }
+    offsets.sort_unstable();
+    offsets
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_append_needs_the_table_that_was_pinned_and_leaves_markers_alone() {
+    const OFFSET: [&str; 1] = ["_kafka_offset"];
+    let fixture = Fixture::new();
+    let specs = [spec("telemetry.events", &["day(event_timestamp)"])];
+    assert!(PinnedTable::open(&fixture.catalog(), "telemetry.events").await.unwrap().is_none());
+    assert!(!fixture.dir.path().join("db").exists(), "looking creates nothing");
+    let sink = fixture.open(&specs).await.unwrap();
+    let files = vec![write(&sink, 0, 1, vec![events(0, 4, DAY_US)]).await];
+    sink.commit(&batch_commit(&sink, 1, files).await).await.unwrap();
+    let base = sink.pin(0).await.unwrap();
+    let ours = write(&sink, 0, 9, vec![events(10, 4, DAY_US)]).await;
+    let meanwhile = vec![write(&sink, 0, 2, vec![events(20, 2, DAY_US)]).await];
+    let theirs = sink.commit(&batch_commit(&sink, 2, meanwhile).await).await.unwrap().snapshots[0].unwrap();
+
+    let summary = BTreeMap::from([("floe.retry-of".to_string(), "x".to_string())]);
+    assert_eq!(sink.append(0, &base, &ours, &summary).await.unwrap(), Append::Conflict);
+    let now = sink.pin(0).await.unwrap();
+    assert_eq!(offsets(now.scan_since(&base, &OFFSET, None, 100).await.unwrap()).await, [20, 21]);
+    let few = Reference::new("_kafka_offset").less_than(Datum::long(21));
+    assert_eq!(offsets(now.scan_since(&base, &OFFSET, Some(few), 100).await.unwrap()).await, [20]);
+    let Append::Done { snapshot } = sink.append(0, &now, &ours, &summary).await.unwrap() else { panic!("a conflict") };
+
+    let table = PinnedTable::open(&fixture.catalog(), "telemetry.events").await.unwrap().unwrap();
+    assert_eq!(offsets(table.scan(&OFFSET, None, 3).await.unwrap()).await, [0, 1, 2, 3, 10, 11, 12, 13, 20, 21]);
+    let some = Reference::new("_kafka_offset").is_in([Datum::long(3), Datum::long(12)]);
+    assert_eq!(offsets(table.scan(&OFFSET, Some(some), 3).await.unwrap()).await, [3, 12]);
+    for (id, expected) in [(snapshot, vec![10, 11, 12, 13]), (theirs, vec![20, 21])] {
+        let added = table.scan_added_by(id, &OFFSET, 100).await.unwrap().unwrap();
+        assert_eq!(offsets(added).await, expected);
+    }
+    assert!(table.scan_added_by(7, &OFFSET, 100).await.unwrap().is_none());
+    assert_eq!(offsets(base.scan(&OFFSET, None, 100).await.unwrap()).await, [0, 1, 2, 3], "pinned is pinned");
+    let metadata = metadata(&sink, 0).await;
+    assert_eq!(total(&metadata, "total-records"), "10");
+    assert_eq!(total(&metadata, "floe.retry-of"), "x");
+    assert_eq!(sink.load().await.unwrap()[0].marker.as_ref().unwrap().batch, 2);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_conflict_on_one_table_leaves_the_others_untouched() {
     let fixture = Fixture::new();
@@ -344,17 +395,238 @@ async fn existing_tables_are_checked() {
     // Fewer columns and narrower types fit.
     fixture.open(&[name(Schema::new(vec![column("a", DataType::Int32, false)]))]).await.unwrap();
     for (schema, complaint) in [
-        (Schema::new(vec![column("a", DataType::Utf8, true)]), "column \"a\" is Utf8 here and Int64 in the table"),
-        (Schema::new(vec![column("c", DataType::Utf8, true)]), "no column \"c\""),
+        (Schema::new(vec![column("a", DataType::Utf8, true)]), "  ! a       long          string           the types"),
+        (Schema::new(vec![column("c", DataType::Utf8, false)]), "a new column has to be optional"),
+        (Schema::new(vec![column("B", DataType::Utf8, true)]), "the table's column is \"b\""),
     ] {
-        let error = fixture.open(&[name(schema)]).await.unwrap_err();
+        let error = fixture.open(&[spec("t.new", &[]), name(schema)]).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Fatal);
+        assert!(error.to_string().contains("table t.events does not fit the pipeline"), "{error}");
         assert!(error.to_string().contains(complaint), "{error}");
-        assert!(error.to_string().contains("the table has:    a long, b string"), "{error}");
     }
+    assert!(fixture.data_files("t.new").is_empty() && !fixture.dir.path().join("warehouse/t/new").exists());
+    let twins = Schema::new(vec![column("a", DataType::Int64, true), column("A", DataType::Int64, true)]);
+    let error = fixture.open(&[TableSpec { schema: Arc::new(twins), ..spec("t.new", &[]) }]).await.unwrap_err();
+    assert!(error.to_string().contains("\"a\" and \"A\" differ in case only"), "{error}");
     for wrong in ["event_timestamp", "day(device_id)", "day(nope)", "bucket(0, device_id)", "week(event_timestamp)"] {
         let error = fixture.open(&[spec("t.other", &[wrong])]).await.unwrap_err();
         assert!(error.to_string().contains(wrong), "{error}");
+    }
+}
+
+fn columns(metadata: &TableMetadata) -> Vec<(i32, String, String, bool)> {
+    let fields = metadata.current_schema().as_struct().fields();
+    fields.iter().map(|f| (f.id, f.name.clone(), f.field_type.to_string(), f.required)).collect()
+}
+
+fn one_column_more(of: &SchemaRef, name: &str, kind: DataType) -> SchemaRef {
+    let mut fields: Vec<_> = of.fields().iter().cloned().collect();
+    fields.push(Arc::new(Field::new(name, kind, true)));
+    Arc::new(Schema::new(fields))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_existing_table_evolves_once_and_keeps_all_else() {
+    let fixture = Fixture::new();
+    let old = [
+        TableSpec { sort_by: vec!["device_id".into()], ..spec("t.events", &["bucket(4, count)"]) },
+        spec("t.other", &[]),
+    ];
+    let sink = fixture.open(&old).await.unwrap();
+    let files = vec![write(&sink, 0, 1, vec![events(0, 10, 1)]).await, vec![]];
+    sink.commit(&batch_commit(&sink, 1, files).await).await.unwrap();
+    let before = metadata(&sink, 0).await;
+
+    // `count` widens, `battery` may be null as it was, `device_id` may be null now, and there is a new column.
+    let mut fields: Vec<_> = one_column_more(&events_schema(), "fw", DataType::Utf8).fields().iter().cloned().collect();
+    fields[0] = Arc::new(Field::new("device_id", DataType::Utf8, true));
+    fields[3] = Arc::new(Field::new("count", DataType::Int64, true));
+    let mut new = old.clone();
+    new[0].schema = Arc::new(Schema::new(fields));
+    let planned = IcebergSink::plan(&fixture.catalog(), &new).await.unwrap();
+    assert_eq!(
+        planned.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["t.events: will let device_id be null, widen count from int to long, add fw string", "t.other: fits"]
+    );
+    assert_eq!(metadata(&sink, 0).await, before, "a plan changes nothing");
+
+    let evolved = fixture.open(&new).await.unwrap();
+    let after = metadata(&evolved, 0).await;
+    let kinds: Vec<_> = columns(&after)
+        .into_iter()
+        .map(|(id, name, kind, required)| format!("{id} {name} {kind} {required}"))
+        .collect();
+    assert_eq!(kinds[0], "1 device_id string false");
+    assert_eq!(kinds[3], "4 count long false");
+    assert_eq!(kinds[6], "7 fw string false");
+    assert_eq!(after.default_partition_spec_id(), before.default_partition_spec_id());
+    assert_eq!(after.default_sort_order().fields, before.default_sort_order().fields);
+    assert_eq!(after.current_snapshot_id(), before.current_snapshot_id());
+    assert_eq!(evolved.load().await.unwrap()[0].marker.as_ref().unwrap().batch, 1);
+
+    // Once more nothing happens; nor does it when the pipeline goes back to its old schema.
+    let again = fixture.open(&new).await.unwrap();
+    assert_eq!(metadata(&again, 0).await, after);
+    fixture.open(&old).await.unwrap();
+    assert_eq!(metadata(&again, 0).await, after);
+
+    // A process that still has the old schema commits what it has written.
+    let late = vec![write(&sink, 0, 2, vec![events(10, 10, 1)]).await, vec![]];
+    sink.commit(&batch_commit(&sink, 2, late).await).await.unwrap();
+    let now = metadata(&evolved, 0).await;
+    assert_eq!((total(&now, "total-records"), columns(&now)), ("20".into(), columns(&after)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_pipelines_evolve_one_table_together() {
+    let fixture = Arc::new(Fixture::new());
+    fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    let racers: Vec<_> = (0..4)
+        .map(|i| {
+            let fixture = fixture.clone();
+            tokio::spawn(async move {
+                let schema = one_column_more(&events_schema(), &format!("c{i}"), DataType::Utf8);
+                let sink = fixture.another_query(&[TableSpec { schema, ..spec("t.events", &[]) }]).await;
+                write(&sink, 0, 1, vec![events(0, 1, 1)]).await;
+            })
+        })
+        .collect();
+    for racer in racers {
+        racer.await.unwrap();
+    }
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    let now = columns(&*metadata(&sink, 0).await);
+    assert_eq!(now.iter().map(|c| c.0).collect::<Vec<_>>(), (1..=10).collect::<Vec<_>>());
+    let mut added: Vec<_> = now[6..].iter().map(|c| c.1.as_str()).collect();
+    added.sort();
+    assert_eq!(added, ["c0", "c1", "c2", "c3"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_column_named_like_a_partition_is_refused() {
+    let fixture = Fixture::new();
+    fixture.open(&[spec("t.events", &["day(event_timestamp)"])]).await.unwrap();
+    let schema = one_column_more(&events_schema(), "event_timestamp_day", DataType::Int32);
+    let error = fixture.open(&[TableSpec { schema, ..spec("t.events", &[]) }]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Fatal);
+    assert!(error.to_string().contains("add event_timestamp_day int"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_catalog_a_plan_creates_none_and_finds_what_creation_would_refuse() {
+    let fixture = Fixture::new();
+    let specs = [spec("t.events", &[]), spec("t.wrong", &["event_timestamp"])];
+    let plans = IcebergSink::plan(&fixture.catalog(), &specs).await.unwrap();
+    assert_eq!(plans[0].step, TableStep::Create);
+    assert!(
+        matches!(&plans[1].step, TableStep::Refuse(why) if why.contains("a partition of every value")),
+        "{plans:?}"
+    );
+    assert_eq!(std::fs::read_dir(fixture.dir.path()).unwrap().count(), 0);
+}
+
+fn metadata_files(fixture: &Fixture, table: &str, suffix: &str) -> usize {
+    let folder = fixture.dir.path().join("warehouse").join(table.replace('.', "/")).join("metadata");
+    let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.ends_with(suffix)).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_metadata_is_deleted_after_the_commit() {
+    let fixture = Fixture::new();
+    let mut kept = spec("t.kept", &[]);
+    kept.properties.insert("write.metadata.delete-after-commit.enabled".into(), "false".into());
+    let sink = fixture.open(&[spec("t.events", &[]), kept]).await.unwrap();
+    for batch in 1..=40 {
+        sink.commit(&batch_commit(&sink, batch, vec![vec![], vec![]]).await).await.unwrap();
+    }
+    assert_eq!(metadata_files(&fixture, "t.events", ".metadata.json"), 21);
+    assert_eq!(metadata_files(&fixture, "t.kept", ".metadata.json"), 41);
+    let log = metadata(&sink, 0).await;
+    for entry in log.metadata_log() {
+        assert!(sink.0.file_io.exists(&entry.metadata_file).await.unwrap(), "{}", entry.metadata_file);
+    }
+}
+
+async fn manifests(sink: &IcebergSink, table: usize) -> Vec<iceberg::spec::ManifestFile> {
+    let metadata = metadata(sink, table).await;
+    let list = sink.0.file_io.new_input(metadata.current_snapshot().unwrap().manifest_list()).unwrap();
+    let bytes = list.read().await.unwrap();
+    let list = iceberg::spec::ManifestList::parse_with_version(&bytes, metadata.format_version()).unwrap();
+    list.consume_entries().into_iter().collect()
+}
+
+/// Merged in tiers: every file stays, with the snapshot and sequence number that it came with.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_manifests_are_merged_in_ordinary_commits() {
+    let fixture = Fixture::new();
+    let mut merging = spec("t.events", &["day(event_timestamp)"]);
+    merging.properties.insert("commit.manifest.min-count-to-merge".into(), "5".into());
+    let sink = fixture.open(&[merging.clone()]).await.unwrap();
+    let mut came_with = BTreeMap::new();
+    let mut sink_now = sink;
+    for batch in 1..=60 {
+        if batch == 30 {
+            merging.schema = one_column_more(&events_schema(), "fw", DataType::Utf8);
+            sink_now = fixture.open(&[merging.clone()]).await.unwrap();
+        }
+        let files = write(&sink_now, 0, batch, vec![events(batch as i64 * 3, 3, DAY_US)]).await;
+        let written = files.clone();
+        sink_now.commit(&batch_commit(&sink_now, batch, vec![files]).await).await.unwrap();
+        let snapshot = metadata(&sink_now, 0).await.current_snapshot().unwrap().clone();
+        let numbers = (snapshot.snapshot_id(), snapshot.sequence_number());
+        came_with.extend(written.into_iter().map(|file| (file.file_path().to_string(), (file, numbers))));
+        assert!(manifests(&sink_now, 0).await.len() <= 5 * 3, "batch {batch}");
+    }
+    let mut found = BTreeMap::new();
+    for manifest in manifests(&sink_now, 0).await {
+        let loaded = manifest.load_manifest(&sink_now.0.file_io).await.unwrap();
+        for entry in loaded.entries().iter().filter(|e| e.is_alive()) {
+            assert_eq!(entry.sequence_number(), entry.file_sequence_number);
+            let numbers = (entry.snapshot_id().unwrap(), entry.sequence_number().unwrap());
+            assert!(found.insert(entry.file_path().to_string(), (entry.data_file().clone(), numbers)).is_none());
+        }
+    }
+    assert_eq!(found, came_with);
+    let snapshots = metadata(&sink_now, 0).await;
+    let last_merge = snapshots
+        .snapshots()
+        .map(|s| &s.summary().additional_properties)
+        .filter(|summary| summary["manifests-replaced"] != "0")
+        .max_by_key(|summary| summary["total-records"].parse::<u64>().unwrap())
+        .unwrap();
+    assert_eq!((last_merge["manifests-created"].as_str(), last_merge["added-data-files"].as_str()), ("2", "3"));
+}
+
+/// Manifests of an identity partition whose column was widened cannot be mixed with newer ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn manifests_of_a_widened_partition_column_stay_apart() {
+    let fixture = Fixture::new();
+    let mut by_count = spec("t.events", &["count"]);
+    by_count.properties.insert("commit.manifest.min-count-to-merge".into(), "4".into());
+    let mut rows = 0;
+    for batch in 1..=12 {
+        if batch == 6 {
+            let mut fields: Vec<_> = events_schema().fields().iter().cloned().collect();
+            fields[3] = Arc::new(Field::new("count", DataType::Int64, true));
+            by_count.schema = Arc::new(Schema::new(fields));
+        }
+        let sink = fixture.open(&[by_count.clone()]).await.unwrap();
+        let files = write(&sink, 0, batch, vec![events(batch as i64, 1, 1)]).await;
+        rows += files.len();
+        sink.commit(&batch_commit(&sink, batch, vec![files]).await).await.unwrap();
+        let mut alive = 0;
+        for manifest in manifests(&sink, 0).await {
+            alive += manifest
+                .load_manifest(&sink.0.file_io)
+                .await
+                .unwrap()
+                .entries()
+                .iter()
+                .filter(|e| e.is_alive())
+                .count();
+        }
+        assert_eq!(alive, rows, "batch {batch}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Kafka: the only user of librdkafka.
+//! Records from Kafka. With [`crate::sink::kafka`], which writes dead letters, the only user of librdkafka.
 //!
 //! Owns: two clients. One reads, on a thread of its own ([`reader`]), because librdkafka blocks and because its position
 //! is worth keeping from batch to batch; partitions are assigned, never subscribed to, so no rebalance can take them

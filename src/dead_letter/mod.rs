@@ -1,7 +1,12 @@
 //! Records that were refused, and the table that keeps them: every one with its provenance and its reason.
 //!
-//! Owns: the closed set of reasons and the columns of the table. Does not own: who refuses ([`crate::decode`] and later
+//! Owns: the closed set of reasons and the columns of the table; reading letters back ([`letters`]), trying them again
+//! ([`retry`]) and handing them on to a Kafka topic ([`topic`]). Does not own: who refuses ([`crate::decode`] and later
 //! checks) and how the table is written. Invariant: key, payload and headers are kept byte for byte as they came.
+
+pub mod letters;
+pub mod retry;
+pub mod topic;
 
 use std::sync::Arc;
 
@@ -45,6 +50,8 @@ pub enum Reason {
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
+    /// It is valid, and fails an expectation with `on_fail = "dead_letter"`.
+    ExpectationFailed,
     /// A window's integer sum did not fit; the window's value is null.
     Overflow,
     /// Not a record: offsets that expired before they were read (`fail_on_data_loss = false`).
@@ -52,7 +59,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 23] = [
+    pub const ALL: [Reason; 24] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -74,9 +81,15 @@ impl Reason {
         Reason::UnsupportedSchema,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
+        Reason::ExpectationFailed,
         Reason::Overflow,
         Reason::DataLoss,
     ];
+
+    /// Whether it is about a record; the others come on top of them.
+    pub fn is_of_a_record(self) -> bool {
+        !matches!(self, Reason::Overflow | Reason::DataLoss)
+    }
 
     pub fn code(self) -> &'static str {
         match self {
@@ -101,15 +114,21 @@ impl Reason {
             Reason::UnsupportedSchema => "unsupported_schema",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
+            Reason::ExpectationFailed => "expectation_failed",
             Reason::Overflow => "overflow",
             Reason::DataLoss => "data_loss",
         }
+    }
+
+    pub fn of_code(code: &str) -> Option<Reason> {
+        Reason::ALL.into_iter().find(|reason| reason.code() == code)
     }
 }
 
 /// Columns of the dead letters table: `reason`, `path`, `message` (string); `topic` (string), `partition` (int), `offset`,
 /// `end_offset` (long; `end_offset` only for `data_loss`), `timestamp` (timestamptz µs); `key`, `payload` (binary), `headers`
-/// (list of struct name string, value binary); `batch_id` (long); `recorded_at` (timestamptz µs, the batch's trigger time).
+/// (list of struct name string, value binary); `batch_id` (long); `recorded_at` (timestamptz µs, the batch's trigger time);
+/// `schema_fingerprint` (string; what the record was held to).
 pub fn arrow_schema() -> SchemaRef {
     let timestamp = || DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()));
     let headers = Field::new("element", DataType::Struct(header_fields()), false);
@@ -127,6 +146,7 @@ pub fn arrow_schema() -> SchemaRef {
         Field::new("headers", DataType::List(Arc::new(headers)), true),
         Field::new("batch_id", DataType::Int64, false),
         Field::new("recorded_at", timestamp(), false),
+        Field::new("schema_fingerprint", DataType::Utf8, true),
     ]))
 }
 
@@ -135,7 +155,14 @@ fn header_fields() -> Fields {
 }
 
 /// The rejected records of one chunk as rows of the dead letters table.
-pub fn from_rejections(chunk: &Chunk, rejected: &[Rejection], batch: BatchId, trigger_time_ms: i64) -> RecordBatch {
+/// `schema` is the fingerprint of the schema that they were held to.
+pub fn from_rejections(
+    chunk: &Chunk,
+    rejected: &[Rejection],
+    schema: &str,
+    batch: BatchId,
+    trigger_time_ms: i64,
+) -> RecordBatch {
     let mut rows = Rows::new(batch, trigger_time_ms);
     for rejection in rejected {
         let index = rejection.record as usize;
@@ -153,6 +180,7 @@ pub fn from_rejections(chunk: &Chunk, rejected: &[Rejection], batch: BatchId, tr
             key: chunk.key(index),
             payload: chunk.value(index),
             headers: headers.map(|(_, headers)| headers.as_slice()),
+            schema: Some(schema),
         });
     }
     rows.finish()
@@ -197,6 +225,7 @@ struct Row<'a> {
     key: Option<&'a [u8]>,
     payload: Option<&'a [u8]>,
     headers: Option<&'a [Header]>,
+    schema: Option<&'a str>,
 }
 
 impl<'a> Row<'a> {
@@ -213,6 +242,7 @@ impl<'a> Row<'a> {
             key: None,
             payload: None,
             headers: None,
+            schema: None,
         }
     }
 }
@@ -234,6 +264,7 @@ struct Rows {
     headers: ListBuilder<StructBuilder>,
     batch_id: Int64Builder,
     recorded_at: TimestampMicrosecondBuilder,
+    schema: StringBuilder,
 }
 
 impl Rows {
@@ -256,6 +287,7 @@ impl Rows {
             headers: ListBuilder::new(StructBuilder::new(header_fields(), columns)).with_field(element),
             batch_id: Int64Builder::new(),
             recorded_at: TimestampMicrosecondBuilder::new().with_timezone("UTC"),
+            schema: StringBuilder::new(),
         }
     }
 
@@ -284,6 +316,7 @@ impl Rows {
         self.headers.append(row.headers.is_some());
         self.batch_id.append_value(self.batch);
         self.recorded_at.append_value(self.recorded_at_us);
+        self.schema.append_option(row.schema);
     }
 
     fn finish(mut self) -> RecordBatch {
@@ -301,6 +334,7 @@ impl Rows {
             Arc::new(self.headers.finish()),
             Arc::new(self.batch_id.finish()),
             Arc::new(self.recorded_at.finish()),
+            Arc::new(self.schema.finish()),
         ];
         match RecordBatch::try_new(arrow_schema(), columns) {
             Ok(batch) => batch,
@@ -344,7 +378,7 @@ mod tests {
         let reject = |record, reason| Rejection { record, reason, path: Cow::from("$"), message: Cow::from("m") };
         let rejected =
             [reject(0, Reason::MissingField), reject(1, Reason::MalformedJson), reject(2, Reason::NullValue)];
-        let rows = from_rejections(&chunk, &rejected, 7, 2_000);
+        let rows = from_rejections(&chunk, &rejected, "0123abcd", 7, 2_000);
         assert_eq!(rows.schema(), arrow_schema());
         assert_eq!(rows.num_rows(), 3);
         let column = |name: &str| rows.column_by_name(name).unwrap().clone();
@@ -369,6 +403,7 @@ mod tests {
         assert!(of_second.column(1).is_null(1));
         assert_eq!(column("batch_id").as_primitive::<Int64Type>().value(2), 7);
         assert_eq!(column("recorded_at").as_primitive::<TimestampMicrosecondType>().value(2), 2_000_000);
+        assert_eq!(column("schema_fingerprint").as_string::<i32>().value(0), "0123abcd");
     }
 
     #[test]

@@ -1,0 +1,456 @@
+//! `floe dlq retry`: letters go once more through the pipeline as it is now, and those that pass become rows.
+//!
+//! Owns: which letters are still to be done, and the one commit that does them. Does not own: deciding what is valid
+//! ([`execute::admit`]). No state of its own: a letter is done when its topic, partition and offset are in the rows table,
+//! and the rows of a run appear in one commit that is conditional on the table being the one that was looked at. So a run
+//! that is killed has done all or nothing, and two at a time, or a query that commits meanwhile, double nothing.
+//! Windows never see these rows: they are late for them, and counted as such.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::AsArray;
+use arrow::datatypes::{Int32Type, Int64Type, TimestampMicrosecondType};
+use arrow::record_batch::RecordBatch;
+use futures::TryStreamExt;
+use uuid::Uuid;
+
+use super::letters::{self, Letter, Letters, Selection};
+use crate::checkpoint::Checkpoint;
+use crate::clock;
+use crate::config::Config;
+use crate::decode::RecordDecoder;
+use crate::error::Error as QueryError;
+use crate::execute::{self, Admitted};
+use crate::failpoint;
+use crate::pipeline::Pipeline;
+use crate::retry::{Strategy, random};
+use crate::sink;
+use crate::sink::iceberg::{
+    Append, DataFile, Datum, IcebergSink, PinnedTable, Predicate, Reference, Rows, TableWriter,
+};
+use crate::source::{Chunk, Record};
+use crate::window;
+
+/// How often another writer may be faster.
+const ATTEMPTS: u32 = 40;
+const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis(10), max: Duration::from_secs(1) };
+/// A chunk is cut when it has so many bytes.
+const CHUNK_BYTES: usize = 16 << 20;
+const PLACE: [&str; 3] = ["_kafka_topic", "_kafka_partition", "_kafka_offset"];
+const PLACE_ROWS: usize = 16 * 1024;
+/// Up to so many offsets of a topic are looked for by name, more by their range.
+const NAMED_OFFSETS: usize = 100;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Failed(#[from] QueryError),
+}
+
+impl From<sink::Error> for Error {
+    fn from(error: sink::Error) -> Self {
+        Error::Failed(error.into())
+    }
+}
+
+/// What became of the letters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Records among the selected letters, each place in Kafka once.
+    pub letters: u64,
+    /// Done before: their places are in the rows table.
+    pub already: u64,
+    /// New rows.
+    pub rows: u64,
+    /// Left out by `transform.filter` or an expectation that drops.
+    pub filtered: u64,
+    /// Still refused, by reason code.
+    pub failed: BTreeMap<String, u64>,
+    /// New rows that the windows will not count, by window table.
+    pub late: Vec<Late>,
+    /// The snapshot with the new rows; none in a dry run and where there were none.
+    pub snapshot: Option<i64>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Late {
+    pub table: String,
+    /// Rows whose window is closed, and written.
+    pub closed: u64,
+    /// Rows whose window is still open.
+    pub open: u64,
+}
+
+/// Offsets by topic and partition.
+type Places = BTreeMap<(String, i32), BTreeSet<i64>>;
+
+fn count(places: &Places) -> u64 {
+    places.values().map(|offsets| offsets.len() as u64).sum()
+}
+
+/// Runs the selected letters of the pipeline's topics through it. A dry run writes nothing.
+pub async fn retry(config: &Config, selection: &Selection, dry_run: bool) -> Result<Report, Error> {
+    let pipeline = Pipeline::compile(config).map_err(|problems| QueryError::Compile(problems.join("\n")))?;
+    let pipeline = Arc::new(pipeline);
+    let Some(rows_table) = pipeline.rows.map(|rows| pipeline.tables[rows].clone()) else {
+        return Err(Error::Refused("the pipeline has no [rows] table that retried letters could go to".into()));
+    };
+    let without_provenance =
+        "whether a letter is done shows in the _kafka_ columns of the rows table, which are missing";
+    if !pipeline.provenance {
+        return Err(Error::Refused(format!(
+            "rows.provenance is false: {without_provenance}, so that letters could be doubled. Retry needs rows.provenance = true"
+        )));
+    }
+    let dead_letters = open(config, &config.dead_letters.table).await?;
+    let rows = open(config, &rows_table.name).await?;
+    if let Some(column) = PLACE.iter().find(|column| !rows.has_column(column)) {
+        return Err(Error::Refused(format!("table {} has no column {column}: {without_provenance}", rows_table.name)));
+    }
+    // A dry run does not even bring the table in line with the pipeline.
+    let sink = if dry_run {
+        None
+    } else {
+        let specs = std::slice::from_ref(&rows_table);
+        Some(IcebergSink::open(&config.catalog, Uuid::new_v4(), &config.name, specs).await?)
+    };
+    let filter = of_topics(config, selection.predicate());
+    let watermark_ms = watermark(config).await?;
+    let letters = places_of_letters(&dead_letters, filter.clone()).await?;
+    let attempt = Attempt { pipeline, dead_letters, filter, letters, watermark_ms };
+    let mut tries = 0;
+    loop {
+        if let Some(report) = attempt.run(sink.as_ref(), &rows, &mut tries).await? {
+            return Ok(report);
+        }
+    }
+}
+
+async fn open(config: &Config, table: &str) -> Result<PinnedTable, Error> {
+    PinnedTable::open(&config.catalog, table)
+        .await?
+        .ok_or_else(|| Error::Refused(format!("there is no table {table} yet: the pipeline has not run")))
+}
+
+/// Other pipelines may share the table; their topics are theirs.
+fn of_topics(config: &Config, selected: Option<Predicate>) -> Predicate {
+    let topics = Reference::new("topic").is_in(config.source.topics.iter().map(Datum::string));
+    match selected {
+        Some(selected) => selected.and(topics),
+        None => topics,
+    }
+}
+
+/// The watermark after the last committed batch; none where there is no checkpoint or no batch.
+async fn watermark(config: &Config) -> Result<Option<i64>, Error> {
+    let location = crate::storage::open(&config.checkpoint_location).map_err(QueryError::from)?;
+    if Checkpoint::inspect(location.clone()).await.map_err(QueryError::from)?.is_none() {
+        return Ok(None);
+    }
+    let checkpoint = Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?;
+    let recovered = checkpoint.recover().await.map_err(QueryError::from)?;
+    Ok(recovered.commit.map(|commit| commit.watermark_next_ms))
+}
+
+async fn places_of_letters(table: &PinnedTable, filter: Predicate) -> Result<Places, Error> {
+    let columns = ["reason", "topic", "partition", "offset", "end_offset"];
+    let mut rows = table.scan(&columns, Some(filter), PLACE_ROWS).await?;
+    let mut places = Places::new();
+    while let Some(batch) = rows.try_next().await? {
+        for place in Letters::of(&batch)?.iter().filter_map(|letter| letter.place()) {
+            insert(&mut places, place.topic, place.partition, place.offset);
+        }
+    }
+    Ok(places)
+}
+
+fn insert(places: &mut Places, topic: &str, partition: i32, offset: i64) {
+    places.entry((topic.to_string(), partition)).or_default().insert(offset);
+}
+
+/// True for the rows at these places, and perhaps for others.
+fn around(places: &Places) -> Option<Predicate> {
+    let mut topics: BTreeMap<&str, BTreeSet<i64>> = BTreeMap::new();
+    for ((topic, _), offsets) in places {
+        let of_topic = topics.entry(topic).or_default();
+        if of_topic.len() <= NAMED_OFFSETS && offsets.len() <= NAMED_OFFSETS {
+            of_topic.extend(offsets);
+        } else {
+            // Only the ends matter from here on.
+            of_topic.extend(offsets.iter().take(NAMED_OFFSETS + 1));
+            of_topic.extend(offsets.last());
+        }
+    }
+    let of_topic = |(topic, offsets): (&str, BTreeSet<i64>)| {
+        let (first, last) = (*offsets.first()?, *offsets.last()?);
+        let offset = || Reference::new(PLACE[2]);
+        let offsets = if offsets.len() <= NAMED_OFFSETS {
+            offset().is_in(offsets.into_iter().map(Datum::long))
+        } else {
+            let not_before = offset().greater_than_or_equal_to(Datum::long(first));
+            not_before.and(offset().less_than_or_equal_to(Datum::long(last)))
+        };
+        Some(Reference::new(PLACE[0]).equal_to(Datum::string(topic)).and(offsets))
+    };
+    topics.into_iter().filter_map(of_topic).reduce(Predicate::or)
+}
+
+/// Which of the places are among the rows.
+async fn present(mut rows: Rows, among: &Places) -> Result<Places, Error> {
+    let mut found = Places::new();
+    while let Some(batch) = rows.try_next().await? {
+        let columns = PLACE.map(|name| batch.column_by_name(name));
+        let [Some(topics), Some(partitions), Some(offsets)] = columns else { continue };
+        let (Some(topics), Some(partitions), Some(offsets)) = (
+            topics.as_string_opt::<i32>(),
+            partitions.as_primitive_opt::<Int32Type>(),
+            offsets.as_primitive_opt::<Int64Type>(),
+        ) else {
+            return Err(Error::Refused(
+                "the _kafka_ columns of the rows table are not of the types Floe gives them".into(),
+            ));
+        };
+        // Rows of one partition follow each other.
+        let mut partition_of: Option<(String, i32)> = None;
+        let mut wanted = None;
+        for row in 0..batch.num_rows() {
+            let (topic, partition, offset) = (topics.value(row), partitions.value(row), offsets.value(row));
+            if partition_of.as_ref().is_none_or(|(t, p)| t != topic || *p != partition) {
+                wanted = among.get(partition_of.insert((topic.to_string(), partition)));
+            }
+            if wanted.is_some_and(|wanted: &BTreeSet<i64>| wanted.contains(&offset)) {
+                insert(&mut found, topic, partition, offset);
+            }
+        }
+    }
+    Ok(found)
+}
+
+struct Attempt {
+    pipeline: Arc<Pipeline>,
+    dead_letters: PinnedTable,
+    filter: Predicate,
+    letters: Places,
+    watermark_ms: Option<i64>,
+}
+
+impl Attempt {
+    /// None: someone else has brought some of the letters into the table meanwhile; look again.
+    async fn run(
+        &self,
+        sink: Option<&IcebergSink>,
+        rows: &PinnedTable,
+        tries: &mut u32,
+    ) -> Result<Option<Report>, Error> {
+        let mut base = match sink {
+            Some(sink) => sink.pin(0).await?,
+            None => rows.clone(),
+        };
+        let found = match around(&self.letters) {
+            Some(filter) => present(base.scan(&PLACE, Some(filter), PLACE_ROWS).await?, &self.letters).await?,
+            None => Places::new(),
+        };
+        let mut todo = self.letters.clone();
+        for (partition, done) in &found {
+            if let Some(offsets) = todo.get_mut(partition) {
+                offsets.retain(|offset| !done.contains(offset));
+            }
+        }
+        let mut work = Work::new(self, sink, todo);
+        work.report.letters = count(&self.letters);
+        work.report.already = count(&found);
+        if !work.todo.values().all(BTreeSet::is_empty) {
+            let mut letters = letters::scan(&self.dead_letters, Some(self.filter.clone())).await?;
+            while let Some(batch) = letters.try_next().await? {
+                // Writing blocks.
+                work = blocking(move || work.take(&batch).map(|()| work)).await?;
+            }
+        }
+        let (mut report, written, files) = blocking(move || work.finish()).await?;
+        let Some(sink) = sink.filter(|_| !files.is_empty()) else { return Ok(Some(report)) };
+        if failpoint::hit("dlq.files_written") {
+            return Err(QueryError::Internal("failpoint dlq.files_written".into()).into());
+        }
+        let summary = BTreeMap::from([
+            ("floe.retry-of".to_string(), self.dead_letters.name()),
+            ("floe.retry-letters".to_string(), report.rows.to_string()),
+        ]);
+        let filter = around(&written);
+        loop {
+            match sink.append(0, &base, &files, &summary).await? {
+                Append::Done { snapshot } => {
+                    if failpoint::hit("dlq.committed") {
+                        return Err(QueryError::Internal("failpoint dlq.committed".into()).into());
+                    }
+                    report.snapshot = Some(snapshot);
+                    return Ok(Some(report));
+                }
+                Append::Conflict if *tries < ATTEMPTS => {
+                    tokio::time::sleep(BACKOFF.delay((*tries).min(6), random())).await;
+                    *tries += 1;
+                    let now = sink.pin(0).await?;
+                    let since = now.scan_since(&base, &PLACE, filter.clone(), PLACE_ROWS).await?;
+                    if !present(since, &written).await?.is_empty() {
+                        sink.discard(&files).await;
+                        return Ok(None);
+                    }
+                    base = now;
+                }
+                Append::Conflict => {
+                    sink.discard(&files).await;
+                    let message = format!(
+                        "other writers of {} were faster {ATTEMPTS} times; nothing was done, try again",
+                        base.name()
+                    );
+                    return Err(sink::Error::transient(message).into());
+                }
+            }
+        }
+    }
+}
+
+/// Letters on their way to rows.
+struct Work {
+    pipeline: Arc<Pipeline>,
+    decoder: RecordDecoder,
+    /// None in a dry run.
+    writer: Option<TableWriter>,
+    now_ms: i64,
+    watermark_ms: Option<i64>,
+    todo: Places,
+    written: Places,
+    report: Report,
+}
+
+impl Work {
+    fn new(attempt: &Attempt, sink: Option<&IcebergSink>, todo: Places) -> Work {
+        let pipeline = attempt.pipeline.clone();
+        let late = |&table: &usize| Late { table: pipeline.tables[table].name.clone(), ..Late::default() };
+        let report = Report { late: pipeline.windows.iter().map(late).collect(), ..Report::default() };
+        Work {
+            decoder: RecordDecoder::new(pipeline.schema.clone(), pipeline.registry.clone()),
+            pipeline,
+            writer: sink.map(|sink| sink.writer_of(0, "retry-", Uuid::new_v4())),
+            now_ms: (clock::system())(),
+            watermark_ms: attempt.watermark_ms,
+            todo,
+            written: Places::new(),
+            report,
+        }
+    }
+
+    /// Tries those letters of a batch that are still to be done; none is tried twice.
+    fn take(&mut self, batch: &RecordBatch) -> Result<(), Error> {
+        let mut chunks: BTreeMap<(String, i32), Chunk> = BTreeMap::new();
+        for letter in Letters::of(batch)?.iter() {
+            let Some(place) = letter.place() else { continue };
+            let partition = (place.topic.to_string(), place.partition);
+            if !self.todo.get_mut(&partition).is_some_and(|offsets| offsets.remove(&place.offset)) {
+                continue;
+            }
+            let chunk = chunks.entry(partition).or_insert_with_key(|(topic, partition)| Chunk {
+                topic: topic.as_str().into(),
+                partition: *partition,
+                ..Chunk::default()
+            });
+            push(chunk, &letter, place.offset);
+            if chunk.data.len() >= CHUNK_BYTES {
+                let mut full = std::mem::take(chunk);
+                chunk.topic = full.topic.clone();
+                chunk.partition = full.partition;
+                self.admit(&mut full)?;
+            }
+        }
+        chunks.values_mut().try_for_each(|chunk| self.admit(chunk))
+    }
+
+    fn admit(&mut self, chunk: &mut Chunk) -> Result<(), Error> {
+        let Admitted { batch, records, rejected, filtered, dropped, violation, .. } =
+            execute::admit(&self.pipeline, self.now_ms, chunk, &mut self.decoder)?;
+        if let Some(violation) = violation {
+            return Err(QueryError::Expectation(violation).into());
+        }
+        self.report.rows += batch.num_rows() as u64;
+        self.report.filtered += filtered + dropped;
+        for rejection in &rejected {
+            *self.report.failed.entry(rejection.reason.code().to_string()).or_default() += 1;
+        }
+        self.count_late(&batch);
+        for &record in &records {
+            let offset = chunk.records[record as usize].offset;
+            insert(&mut self.written, &chunk.topic, chunk.partition, offset);
+        }
+        if let Some(writer) = &mut self.writer {
+            writer.write(&execute::with_provenance(&self.pipeline.rows_schema, &batch, chunk, &records)?)?;
+        }
+        Ok(())
+    }
+
+    fn count_late(&mut self, batch: &RecordBatch) {
+        if self.pipeline.windows.is_empty() {
+            return;
+        }
+        let times = batch.column(self.pipeline.event_time).as_primitive_opt::<TimestampMicrosecondType>();
+        for time_us in times.into_iter().flatten().flatten() {
+            for (query, late) in self.pipeline.queries.iter().zip(&mut self.report.late) {
+                let end = window::window_end(window::window_start(time_us, query.size_us()), query.size_us());
+                if self.watermark_ms.is_some_and(|watermark| window::closed(end, watermark)) {
+                    late.closed += 1;
+                } else {
+                    late.open += 1;
+                }
+            }
+        }
+    }
+
+    fn finish(self) -> Result<(Report, Places, Vec<DataFile>), Error> {
+        let files = self.writer.map(TableWriter::finish).transpose()?.unwrap_or_default();
+        Ok((self.report, self.written, files))
+    }
+}
+
+fn push(chunk: &mut Chunk, letter: &Letter<'_>, offset: i64) {
+    // Below 2^31 each, as parts of a Kafka record are; a chunk is cut long before.
+    let begin = chunk.data.len() as u32;
+    let mut copy = |part: Option<&[u8]>| {
+        part.map_or(Record::NONE, |bytes| {
+            chunk.data.extend_from_slice(bytes);
+            bytes.len() as u32
+        })
+    };
+    let (key_len, value_len) = (copy(letter.key), copy(letter.payload));
+    if let Some(headers) = letter.headers.clone() {
+        chunk.headers.push((chunk.records.len() as u32, headers));
+    }
+    let timestamp_ms = letter.timestamp_us.map_or(i64::MIN, |us| us.div_euclid(1000));
+    chunk.records.push(Record { offset, timestamp_ms, begin, key_len, value_len });
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(QueryError::Internal(format!("a blocking task did not end well: {e}")).into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_offsets_are_looked_for_by_name_and_many_by_range() {
+        let mut places = Places::new();
+        assert!(around(&places).is_none());
+        insert(&mut places, "a", 0, 7);
+        insert(&mut places, "a", 1, 9);
+        let few = around(&places).unwrap().to_string();
+        assert!(few.contains("_kafka_offset IN") && !few.contains(">="), "{few}");
+        (100..1_000).for_each(|offset| insert(&mut places, "b", 3, offset));
+        insert(&mut places, "b", 4, 5);
+        let many = around(&places).unwrap().to_string();
+        assert!(many.contains("_kafka_offset >= 5") && many.contains("_kafka_offset <= 999"), "{many}");
+    }
+}

@@ -1,0 +1,227 @@
+//! Reading tables back, and appending rows that are no batch of a query: what dead letters need.
+//!
+//! Owns: a table pinned at one metadata, the rows in it, and the append that happens only if the table still is what was
+//! pinned. Does not own: batches and markers ([`super::commit`]); an append leaves every marker as it is.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use arrow::record_batch::RecordBatch;
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt, TryStreamExt};
+use iceberg::arrow::ArrowReaderBuilder;
+use iceberg::expr::{Bind, Predicate};
+use iceberg::io::FileIO;
+use iceberg::scan::FileScanTask;
+use iceberg::spec::{
+    DataContentType, DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, SchemaRef, Snapshot,
+};
+use iceberg::table::Table;
+use iceberg::{NamespaceIdent, Runtime, TableIdent};
+
+use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName, iceberg_error};
+use super::storage::TableStorage;
+use super::{IcebergSink, sqlite};
+use crate::config::CatalogConfig;
+use crate::sink::Error;
+
+pub type Rows = BoxStream<'static, Result<RecordBatch, Error>>;
+
+/// A table as it was when it was read; reading it again gives the same rows.
+#[derive(Clone, Debug)]
+pub struct PinnedTable {
+    name: TableName,
+    loaded: LoadedTable,
+    file_io: FileIO,
+}
+
+/// What became of an append.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Append {
+    Done {
+        snapshot: i64,
+    },
+    /// Someone else has changed the table since it was pinned; nothing was done.
+    Conflict,
+}
+
+impl PinnedTable {
+    /// The table as it is now; none where there is no such table. Creates nothing.
+    pub async fn open(catalog: &CatalogConfig, name: &str) -> Result<Option<PinnedTable>, Error> {
+        let file_io = TableStorage::default().file_io();
+        let name = TableName::parse(name)?;
+        let CatalogConfig::Sqlite { path, warehouse } = catalog;
+        if !path.exists() {
+            return Ok(None);
+        }
+        let catalog = sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?;
+        Ok(catalog.load(&name).await?.map(|loaded| PinnedTable { name, loaded, file_io }))
+    }
+
+    pub fn name(&self) -> String {
+        self.name.to_string()
+    }
+
+    pub fn has_column(&self, name: &str) -> bool {
+        self.loaded.metadata.current_schema().field_by_name(name).is_some()
+    }
+
+    /// The rows for which `filter` is true, read from no more files, row groups and columns than it takes.
+    pub async fn scan(&self, columns: &[&str], filter: Option<Predicate>, batch_rows: usize) -> Result<Rows, Error> {
+        let failed = self.failed();
+        let namespace = NamespaceIdent::from_strs(self.name.namespace.split('.')).map_err(&failed)?;
+        let table = Table::builder()
+            .identifier(TableIdent::new(namespace, self.name.name.clone()))
+            .metadata(self.loaded.metadata.clone())
+            .metadata_location(self.loaded.metadata_location.clone())
+            .file_io(self.file_io.clone())
+            .runtime(Runtime::try_current().map_err(&failed)?)
+            .build()
+            .map_err(&failed)?;
+        let mut scan = table.scan().select(columns).with_batch_size(Some(batch_rows));
+        if let Some(filter) = filter {
+            scan = scan.with_filter(filter);
+        }
+        let rows = scan.build().map_err(&failed)?.to_arrow().await.map_err(&failed)?;
+        Ok(rows.map_err(self.failed()).boxed())
+    }
+
+    /// The rows that one snapshot has added; none where the snapshot is gone.
+    pub async fn scan_added_by(
+        &self,
+        snapshot_id: i64,
+        columns: &[&str],
+        batch_rows: usize,
+    ) -> Result<Option<Rows>, Error> {
+        let Some(snapshot) = self.loaded.metadata.snapshot_by_id(snapshot_id) else { return Ok(None) };
+        let list = self.manifests(snapshot).await?;
+        let added = list.consume_entries().into_iter().filter(|m| m.added_snapshot_id == snapshot_id).collect();
+        self.scan_manifests(added, columns, None, batch_rows).await.map(Some)
+    }
+
+    /// The rows that may have come since `older` was pinned: those of all manifests that it did not have.
+    pub async fn scan_since(
+        &self,
+        older: &PinnedTable,
+        columns: &[&str],
+        filter: Option<Predicate>,
+        batch_rows: usize,
+    ) -> Result<Rows, Error> {
+        let Some(snapshot) = self.loaded.metadata.current_snapshot() else { return Ok(stream::empty().boxed()) };
+        let known: HashSet<String> = match older.loaded.metadata.current_snapshot() {
+            Some(snapshot) => {
+                let list = older.manifests(snapshot).await?;
+                list.consume_entries().into_iter().map(|m| m.manifest_path).collect()
+            }
+            None => HashSet::new(),
+        };
+        let list = self.manifests(snapshot).await?;
+        let new = list.consume_entries().into_iter().filter(|m| !known.contains(&m.manifest_path)).collect();
+        self.scan_manifests(new, columns, filter, batch_rows).await
+    }
+
+    async fn manifests(&self, snapshot: &Snapshot) -> Result<ManifestList, Error> {
+        let failed = self.failed();
+        let bytes = self.read(snapshot.manifest_list()).await?;
+        ManifestList::parse_with_version(&bytes, self.loaded.metadata.format_version()).map_err(failed)
+    }
+
+    async fn read(&self, location: &str) -> Result<bytes::Bytes, Error> {
+        let failed = self.failed();
+        self.file_io.new_input(location).map_err(&failed)?.read().await.map_err(&failed)
+    }
+
+    /// Every live row of the manifests' data files. Deletes that other engines have written are not applied.
+    async fn scan_manifests(
+        &self,
+        manifests: Vec<ManifestFile>,
+        columns: &[&str],
+        filter: Option<Predicate>,
+        batch_rows: usize,
+    ) -> Result<Rows, Error> {
+        let failed = self.failed();
+        let schema: SchemaRef = self.loaded.metadata.current_schema().clone();
+        let fields: Vec<i32> = columns.iter().filter_map(|column| schema.field_id_by_name(column)).collect();
+        let predicate =
+            filter.map(|filter| filter.rewrite_not().bind(schema.clone(), true)).transpose().map_err(&failed)?;
+        let mut tasks = Vec::new();
+        for manifest in manifests {
+            let manifest = Manifest::parse_avro(&self.read(&manifest.manifest_path).await?).map_err(&failed)?;
+            let data = |content| content == DataContentType::Data;
+            for entry in manifest.entries().iter().filter(|e| e.is_alive() && data(e.content_type())) {
+                let task = FileScanTask::builder()
+                    .with_file_size_in_bytes(entry.file_size_in_bytes())
+                    .with_start(0)
+                    .with_length(entry.file_size_in_bytes())
+                    .with_record_count(Some(entry.record_count()))
+                    .with_data_file_path(entry.file_path().to_string())
+                    .with_data_file_format(entry.file_format())
+                    .with_schema(schema.clone())
+                    .with_project_field_ids(fields.clone())
+                    .with_predicate(predicate.clone())
+                    .with_case_sensitive(true)
+                    .build();
+                tasks.push(Ok(task));
+            }
+        }
+        let reader = ArrowReaderBuilder::new(self.file_io.clone(), Runtime::try_current().map_err(&failed)?)
+            .with_batch_size(batch_rows)
+            .build();
+        let rows = reader.read(stream::iter(tasks).boxed()).map_err(&failed)?.stream();
+        Ok(rows.map_err(self.failed()).boxed())
+    }
+
+    fn failed(&self) -> impl Fn(iceberg::Error) -> Error + Send + 'static {
+        let name = self.name.clone();
+        move |e| iceberg_error("read", &name, e)
+    }
+}
+
+impl IcebergSink {
+    /// A table as it is now; `table` counts in the order of the specs.
+    pub async fn pin(&self, table: usize) -> Result<PinnedTable, Error> {
+        let name = self.0.tables[table].name.clone();
+        let loaded = self.0.catalog.load(&name).await?.ok_or_else(|| Error::fatal(format!("table {name} is gone")))?;
+        Ok(PinnedTable { name, loaded, file_io: self.0.file_io.clone() })
+    }
+
+    /// Makes files visible in one table, if it still is what `base` pinned. No marker changes.
+    pub async fn append(
+        &self,
+        table: usize,
+        base: &PinnedTable,
+        files: &[DataFile],
+        summary: &BTreeMap<String, String>,
+    ) -> Result<Append, Error> {
+        let bound = &self.0.tables[table];
+        let failed = |e| iceberg_error("append to", &bound.name, e);
+        let properties: HashMap<String, String> = summary.clone().into_iter().collect();
+        let LoadedTable { metadata, metadata_location } = &base.loaded;
+        let mut written = Vec::new();
+        let snapshot = self.0.append(bound, metadata, files, properties, &mut written).await.map_err(failed)?;
+        let snapshot_id = snapshot.snapshot_id();
+        let metadata = metadata
+            .as_ref()
+            .clone()
+            .into_builder(Some(metadata_location.clone()))
+            .set_branch_snapshot(snapshot, MAIN_BRANCH)
+            .and_then(|builder| builder.build())
+            .map_err(failed)?
+            .metadata;
+        let change = TableChange { table: bound.name.clone(), base: base.loaded.clone(), metadata };
+        match self.0.catalog.commit(&[change]).await {
+            Ok(()) => Ok(Append::Done { snapshot: snapshot_id }),
+            Err(CommitError::Conflict(_)) => {
+                self.0.forget(written.into_iter()).await;
+                Ok(Append::Conflict)
+            }
+            Err(CommitError::Failed(Error::Indeterminate { message })) => {
+                let now = self.pin(table).await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
+                match now.loaded.metadata.snapshot_by_id(snapshot_id) {
+                    Some(_) => Ok(Append::Done { snapshot: snapshot_id }),
+                    None => Err(Error::Indeterminate { message }),
+                }
+            }
+            Err(CommitError::Failed(error)) => Err(error),
+        }
+    }
+}
