@@ -390,7 +390,7 @@ fn refuse_future(
         return Ok(());
     }
     let kept: BooleanArray = (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
-    let name = &pipeline.schema.fields[column].name;
+    let name = pipeline.schema.arrow.field(column).name();
     for row in (0..times.len()).filter(|&row| !kept.value(row)) {
         let at = timestamp_text(times.value(row));
         rejected.push(Rejection {

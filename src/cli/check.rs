@@ -93,6 +93,9 @@ fn columns(config: &Config) -> String {
         let _ = write!(text, " {} {}{null},", field.name(), type_name(field.data_type()));
     }
     text.pop();
+    for place in &config.schema.slow_keywords {
+        let _ = write!(text, "\n{place} is checked by a second pass over every record");
+    }
     text
 }
 
@@ -106,6 +109,23 @@ fn type_name(data_type: &arrow::datatypes::DataType) -> String {
         DataType::Float64 => "double".into(),
         DataType::Boolean => "boolean".into(),
         DataType::Timestamp(_, Some(_)) => "timestamptz".into(),
+        DataType::Timestamp(_, None) => "timestamp".into(),
+        DataType::Float32 => "float".into(),
+        DataType::Date32 => "date".into(),
+        DataType::Time64(_) => "time".into(),
+        DataType::Binary => "binary".into(),
+        DataType::Decimal128(precision, scale) => format!("decimal({precision}, {scale})"),
+        DataType::List(element) => format!("list<{}>", type_name(element.data_type())),
+        DataType::Struct(fields) => {
+            let field = |f: &arrow::datatypes::FieldRef| format!("{}: {}", f.name(), type_name(f.data_type()));
+            format!("struct<{}>", fields.iter().map(field).collect::<Vec<_>>().join(", "))
+        }
+        DataType::Map(entries, _) => match entries.data_type() {
+            DataType::Struct(fields) if fields.len() == 2 => {
+                format!("map<{}, {}>", type_name(fields[0].data_type()), type_name(fields[1].data_type()))
+            }
+            other => other.to_string(),
+        },
         other => other.to_string(),
     }
 }

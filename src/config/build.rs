@@ -219,7 +219,12 @@ fn schema(r: &mut Reader<'_>) -> Option<(Arc<Schema>, String)> {
             return None;
         }
     };
-    match Schema::parse(&document) {
+    let extra_column = r.text("schema.extra_column");
+    if extra_column.as_deref().is_some_and(|name| name.is_empty() || name.starts_with("_kafka_")) {
+        r.error("schema.extra_column", "a name is needed that does not begin with _kafka_, such as \"_extra\"");
+        return None;
+    }
+    match Schema::parse_with_extra(&document, extra_column.as_deref()) {
         Ok(schema) => Some((schema, document)),
         Err(problems) => {
             r.errors.extend(problems.into_iter().map(|problem| ConfigError {
@@ -524,7 +529,7 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
                     format!("{:?} is no field of the schema; there are {}", event_time.column, fields.join(", "));
                 r.error("event_time.column", problem);
             }
-            Ok(field) if !matches!(field.data_type(), DataType::Timestamp(..)) => {
+            Ok(field) if !matches!(field.data_type(), DataType::Timestamp(_, Some(_))) => {
                 let problem =
                     format!("{:?} is no time: it needs \"format\": \"date-time\" in the schema", event_time.column);
                 r.error("event_time.column", problem);

@@ -5,8 +5,9 @@ use sha2::{Digest, Sha256};
 
 use super::{Config, TableConfig};
 
-/// SHA-256 over a canonical form. In it: schema document, whether there is a registry, transform, expectations, event time, and of
-/// every table its name, columns and keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
+/// SHA-256 over a canonical form. In it: schema document, the column of what it leaves open, whether there is a registry, transform,
+/// expectations, event time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how
+/// often, such as brokers, topics (a plan has its own), trigger, limits
 /// and retry.
 pub fn fingerprint(config: &Config, schema_document: &str) -> String {
     // A document that is not JSON has been refused before.
@@ -30,6 +31,12 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
         })).collect::<Vec<_>>(),
         "dead_letters": table(&config.dead_letters),
     });
+    // Only where it is set, so that checkpoints from before there was the setting go on.
+    if let (true, Some(extra), Some(meaning)) =
+        (config.schema.has_extra, config.schema.arrow.fields().last(), meaning.as_object_mut())
+    {
+        meaning.insert("extra_column".to_owned(), extra.name().as_str().into());
+    }
     // Only where there are some: configurations without them keep the fingerprint that they have always had.
     let expectations = &config.quality.expectations;
     if !expectations.is_empty() {

@@ -75,6 +75,7 @@ pub const SETTINGS: &[Setting] = &[
     default("trigger.interval", Kind::Duration, "10 seconds"),
     default("trigger.available_now", Kind::Boolean, "false"),
     required("schema.file", Kind::Text),
+    absent("schema.extra_column", Kind::Text),
     absent("schema.registry", Kind::Text),
     absent("schema.registry_username", Kind::Text),
     absent("schema.registry_password", Kind::Text),

@@ -243,6 +243,7 @@ fn other_value(key: &str) -> &'static str {
         "schema.registry" => "https://other",
         "schema.registry_username" | "schema.registry_password" => "other",
         "schema.file" => "./schema.json",
+        "schema.extra_column" => "_extra",
         "transform.filter" => "status = 'ok'",
         "event_time.column" => "other_time",
         "event_time.policy" => "global-max",

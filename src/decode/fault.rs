@@ -3,6 +3,8 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 
+use serde_json::Value;
+
 use crate::dead_letter::Reason;
 use crate::schema::Field;
 
@@ -30,7 +32,7 @@ impl Fault {
         Box::new(Fault { reason, path: path.into(), message: message.into() })
     }
 
-    /// The value that begins at byte `at` is not what the field allows.
+    /// The value that begins at byte `at` is not what the field allows. The path begins at the value.
     #[cold]
     pub fn value(reason: Reason, field: &Field, text: &[u8], at: usize) -> Box<Fault> {
         let mut scanner = Scanner::new(text);
@@ -39,7 +41,32 @@ impl Fault {
         let end = if scanner.skip_value(1).is_ok() { scanner.at } else { text.len() };
         let found = String::from_utf8_lossy(text.get(at..end).unwrap_or_default());
         let found = shorten(&found);
-        Fault::new(reason, path_to(&field.name), format!("found {found}; allowed is {}", field.allowed))
+        Fault::new(reason, "$", format!("found {found}; allowed is {}", field.allowed))
+    }
+
+    /// The fault as seen from outside of the member or element that `step` (`.name`, `[3]`) leads to.
+    #[cold]
+    pub fn within(mut self: Box<Fault>, step: &str) -> Box<Fault> {
+        self.path = format!("${step}{}", self.path.strip_prefix('$').unwrap_or_default()).into();
+        self
+    }
+
+    /// What the validator of the whole document says; `pointer` is a JSON pointer into `document`.
+    #[cold]
+    pub fn violation(document: &Value, pointer: &str, message: String) -> Box<Fault> {
+        let mut path = "$".to_owned();
+        let mut value = Some(document);
+        for part in pointer.split('/').skip(1) {
+            let part = part.replace("~1", "/").replace("~0", "~");
+            if let Some(Value::Array(items)) = value {
+                path.push_str(&format!("[{part}]"));
+                value = part.parse::<usize>().ok().and_then(|i| items.get(i));
+            } else {
+                path.push_str(&step_to(&part));
+                value = value.and_then(|value| value.get(&part));
+            }
+        }
+        Fault::new(Reason::SchemaViolation, path, message)
     }
 
     #[cold]
@@ -128,6 +155,11 @@ fn first_duplicate(text: &[u8]) -> Option<Box<Fault>> {
 
 /// `$.name`, or `$['na me']` where the name is no identifier.
 pub fn path_to(name: &str) -> String {
+    format!("${}", step_to(name))
+}
+
+/// `.name`, or `['na me']`.
+pub fn step_to(name: &str) -> String {
     let identifier = |name: &str| {
         !name.is_empty()
             && !name.starts_with(|c: char| c.is_ascii_digit())
@@ -135,9 +167,9 @@ pub fn path_to(name: &str) -> String {
     };
     let short = shorten(name);
     if identifier(name) {
-        format!("$.{short}")
+        format!(".{short}")
     } else {
-        format!("$['{}']", short.replace('\\', "\\\\").replace('\'', "\\'"))
+        format!("['{}']", short.replace('\\', "\\\\").replace('\'', "\\'"))
     }
 }
 

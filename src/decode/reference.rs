@@ -42,22 +42,22 @@ pub fn judge(schema: &Schema, payload: &[u8]) -> Verdict {
             return refused(Reason::DuplicateKey, &super::fault::path_to(key));
         }
     }
-    let mut row: Vec<Option<Cell>> = schema.fields.iter().map(|_| None).collect();
+    let mut row: Vec<Option<Cell>> = schema.object.fields.iter().map(|_| None).collect();
     for (key, value) in &members {
         let path = super::fault::path_to(key);
-        let Some(index) = schema.fields.iter().position(|f| f.name == *key) else {
-            if schema.closed {
+        let Some(index) = schema.object.fields.iter().position(|f| f.name == *key) else {
+            if schema.object.closed {
                 return refused(Reason::UnknownField, &path);
             }
             continue;
         };
-        match cell(&schema.fields[index], value) {
+        match cell(&schema.object.fields[index], value) {
             Some(Ok(cell)) => row[index] = Some(cell),
             Some(Err(reason)) => return refused(reason, &path),
             None => return Verdict::Unknown,
         }
     }
-    for (field, cell) in schema.fields.iter().zip(&row) {
+    for (field, cell) in schema.object.fields.iter().zip(&row) {
         if cell.is_none() && field.required {
             return refused(Reason::MissingField, &super::fault::path_to(&field.name));
         }
@@ -121,11 +121,15 @@ fn cell(field: &Field, value: &Node) -> Option<Result<Cell, Reason>> {
                         let epoch = jiff::civil::date(1970, 1, 1);
                         date(s).and_then(|d| epoch.until(d).ok()).map(|span| Cell::Days(span.get_days()))
                     }
+                    other => panic!("the reference knows no {other:?}"),
                 };
                 cell.ok_or(Reason::BadFormat)
             }
         }
-        _ => Err(Reason::WrongType),
+        (ValueType::Boolean(_) | ValueType::Integer(_) | ValueType::Number(_) | ValueType::Text(_), _) => {
+            Err(Reason::WrongType)
+        }
+        (other, _) => panic!("the reference knows no {other:?}"),
     })
 }
 

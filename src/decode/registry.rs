@@ -266,7 +266,9 @@ fn compile(document: &str) -> Option<Arc<Schema>> {
             return None;
         }
         members.remove("$schema");
-        return Schema::parse(&Value::Object(members).to_string()).ok();
+        let schema = Schema::parse(&Value::Object(members).to_string()).ok();
+        // A second pass would be by the rules of the newest draft.
+        return schema.filter(|schema| schema.validator.is_none());
     }
     Schema::parse(document).ok()
 }

@@ -46,6 +46,10 @@ impl<'a> Scanner<'a> {
         self.bytes.get(self.at).copied()
     }
 
+    pub fn text(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     pub fn rest(&self) -> &'a [u8] {
         self.bytes.get(self.at..).unwrap_or_default()
     }
@@ -322,27 +326,52 @@ impl Number<'_> {
         self.to_i64_slowly()
     }
 
-    /// value = digits without their trailing zeros × 10^power
     fn to_i64_slowly(&self) -> Result<i64, NotInteger> {
+        i64::try_from(self.scaled(0, 19)?).map_err(|_| NotInteger::OutOfRange)
+    }
+
+    /// The exact number in units of `10^-scale`; `Fraction` if it has more digits after the point, `OutOfRange` if it
+    /// has more than `most` digits (at most 38) in those units.
+    pub fn scaled(&self, scale: i64, most: i64) -> Result<i128, NotInteger> {
         let text = std::str::from_utf8(self.text).unwrap_or_default();
         let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
         let digits = || mantissa.bytes().filter(u8::is_ascii_digit);
+        // value = digits without the zeros at both ends × 10^power
         let Some(last) = digits().rev().position(|d| d != b'0') else { return Ok(0) };
         let first = digits().position(|d| d != b'0').unwrap_or(0);
         let significant = digits().count() - first - last;
         // An exponent of 19 digits and more decides by its sign alone.
         let beyond = if exponent.starts_with('-') { i64::MIN / 2 } else { i64::MAX / 2 };
         let exponent: i64 = exponent.parse().map_or(beyond, |e: i64| e.clamp(i64::MIN / 2, i64::MAX / 2));
-        let power = exponent - self.scale as i64 + last as i64;
+        let power = exponent - self.scale as i64 + last as i64 + scale;
         if power < 0 {
             return Err(NotInteger::Fraction);
         }
-        if significant as i64 + power > 19 {
+        if significant as i64 + power > most {
             return Err(NotInteger::OutOfRange);
         }
         let magnitude = digits().skip(first).take(significant).fold(0i128, |n, d| n * 10 + i128::from(d - b'0'))
             * 10i128.pow(power as u32);
-        i64::try_from(if self.negative { -magnitude } else { magnitude }).map_err(|_| NotInteger::OutOfRange)
+        Ok(if self.negative { -magnitude } else { magnitude })
+    }
+
+    /// The nearest 32-bit float, rounded once; None when its magnitude is beyond the largest one.
+    pub fn to_f32(&self) -> Option<f32> {
+        std::str::from_utf8(self.text).ok()?.parse().ok().filter(|f: &f32| f.is_finite())
+    }
+
+    /// As serde_json holds it: exact as an integer of 64 bits, else the nearest double.
+    pub fn to_json(&self) -> Option<serde_json::Number> {
+        if self.scale == 0 && !self.exponent {
+            let text = std::str::from_utf8(self.text).ok()?;
+            if let Ok(n) = text.parse::<i64>() {
+                return Some(n.into());
+            }
+            if let Ok(n) = text.parse::<u64>() {
+                return Some(n.into());
+            }
+        }
+        serde_json::Number::from_f64(self.to_f64()?)
     }
 }
 

@@ -267,7 +267,7 @@ fn large_payloads_take_linear_time() {
         let (_, path, message) = verdict(&schema, payload.as_bytes()).unwrap_err();
         assert!(path.len() < 200 && message.len() < 400, "{path} {message}");
     }
-    assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
+    assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
 }
 
 #[test]

@@ -15,18 +15,7 @@ pub fn date_time(text: &[u8]) -> Option<i64> {
         return None;
     }
     let (mut micros, zone) = fraction(tail)?;
-    let offset_minutes = match zone {
-        [b'Z' | b'z'] => 0,
-        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => {
-            let (hours, minutes) = (two(*h1, *h2), two(*m1, *m2));
-            if hours > 23 || minutes > 59 {
-                return None;
-            }
-            let offset = i64::from(hours * 60 + minutes);
-            if *sign == b'+' { offset } else { -offset }
-        }
-        _ => return None,
-    };
+    let offset_minutes = offset(zone)?;
     let utc_minutes = i64::from(days) * 1440 + i64::from(hour * 60 + minute) - offset_minutes;
     let mut second = i64::from(second);
     if second == 60 {
@@ -37,6 +26,60 @@ pub fn date_time(text: &[u8]) -> Option<i64> {
         micros = 999_999;
     }
     Some((utc_minutes * 60 + second) * 1_000_000 + micros)
+}
+
+/// Microseconds since the epoch of a date-time without an offset, as if it were in UTC.
+pub fn local_date_time(text: &[u8]) -> Option<i64> {
+    let (head, clock) = text.split_first_chunk::<11>()?;
+    if !matches!(head[10], b'T' | b't') {
+        return None;
+    }
+    Some(i64::from(date(&head[..10])?) * 86_400_000_000 + local_time(clock)?)
+}
+
+/// Microseconds since midnight of `HH:MM:SS` with an optional fraction. There is no telling where a leap second may be.
+pub fn local_time(text: &[u8]) -> Option<i64> {
+    let (minutes, second, micros, rest) = clock(text)?;
+    (second < 60 && rest.is_empty()).then(|| (minutes * 60 + second) * 1_000_000 + micros)
+}
+
+/// Microseconds since midnight in UTC of a time with an offset.
+pub fn time(text: &[u8]) -> Option<i64> {
+    let (minutes, second, micros, rest) = clock(text)?;
+    let minutes = (minutes - offset(rest)?).rem_euclid(1440);
+    match second {
+        60 if minutes == 1439 => Some(86_399_999_999),
+        60 => None,
+        _ => Some((minutes * 60 + second) * 1_000_000 + micros),
+    }
+}
+
+/// Minutes, seconds to 60, microseconds, and what follows.
+fn clock(text: &[u8]) -> Option<(i64, i64, i64, &[u8])> {
+    let ([h1, h2, b':', m1, m2, b':', s1, s2], tail) = text.split_first_chunk::<8>()? else { return None };
+    let (hour, minute, second) = (two(*h1, *h2), two(*m1, *m2), two(*s1, *s2));
+    if hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let (micros, rest) = fraction(tail)?;
+    Some((i64::from(hour * 60 + minute), i64::from(second), micros, rest))
+}
+
+/// Minutes of `Z` or `±HH:MM`.
+#[inline]
+fn offset(zone: &[u8]) -> Option<i64> {
+    match zone {
+        [b'Z' | b'z'] => Some(0),
+        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => {
+            let (hours, minutes) = (two(*h1, *h2), two(*m1, *m2));
+            if hours > 23 || minutes > 59 {
+                return None;
+            }
+            let offset = i64::from(hours * 60 + minutes);
+            Some(if *sign == b'+' { offset } else { -offset })
+        }
+        _ => None,
+    }
 }
 
 /// Days since the epoch of `YYYY-MM-DD`.
@@ -191,6 +234,24 @@ mod tests {
         for text in ["", "1998-1-20", "1998-01-1", "1998-02-29", "06/19/1963", "19980120", "1998-01-20Z", "2020-W01"] {
             assert_eq!(date(text.as_bytes()), None, "{text}");
         }
+    }
+
+    #[test]
+    fn times_of_day() {
+        assert_eq!(time(b"12:00:00+02:00"), Some(36_000_000_000));
+        assert_eq!(time(b"00:30:00.25+01:00"), Some(84_600_250_000));
+        assert_eq!(time(b"23:59:60Z"), Some(86_399_999_999));
+        assert_eq!(time(b"15:59:60.5-08:00"), Some(86_399_999_999));
+        assert_eq!(local_time(b"23:59:59.9999999"), Some(86_399_999_999));
+        assert_eq!(local_date_time(b"1970-01-02T00:00:01.5"), Some(86_401_500_000));
+        for text in ["", "12:00:00", "12:00Z", "24:00:00Z", "12:60:00Z", "22:59:60Z", "12:00:00+24:00", "12:00:00.Z"] {
+            assert_eq!(time(text.as_bytes()), None, "{text}");
+        }
+        for text in ["", "12:00:00Z", "12:00", "23:59:60", "1:00:00", "12:00:00."] {
+            assert_eq!(local_time(text.as_bytes()), None, "{text}");
+            assert_eq!(local_date_time(format!("2026-01-01T{text}").as_bytes()), None, "{text}");
+        }
+        assert_eq!(local_date_time(b"2026-01-01 12:00:00"), None);
     }
 
     #[test]

@@ -42,6 +42,8 @@ mod random_kills;
 mod registry;
 /// The checkpoint on an S3-compatible store.
 mod s3;
+/// Nested types, decimals and times reach other readers as they were written; any keyword is held to.
+mod schemas;
 /// TLS, SASL and secrets.
 mod security;
 /// SIGTERM commits the batch in hand; a second one does not wait.

@@ -48,7 +48,8 @@ fn choose(manifests: &[ManifestFile], spec_id: i32, policy: Policy) -> Vec<usize
         let mergeable = manifest.content == ManifestContentType::Data
             && manifest.partition_spec_id == spec_id
             && manifest.key_metadata.is_none()
-            && manifest.manifest_length < policy.target_bytes;
+            // Two of them always fit into one file.
+            && manifest.manifest_length <= policy.target_bytes / 2;
         if let (true, Some(added), Some(existing)) =
             (mergeable, manifest.added_files_count, manifest.existing_files_count)
         {

@@ -654,6 +654,69 @@ async fn nested_columns_are_written() {
     sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
 }
 
+/// Every type that a schema can ask for, read back from the Parquet file as the decoder made it.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_type_of_a_schema_is_written() {
+    let schema = crate::schema::Schema::parse(
+        r#"{"type":"object","required":["s"],"properties":{
+            "s":{"type":"string"},"i":{"type":"integer","format":"int32"},"l":{"type":"integer"},
+            "f":{"type":"number","format":"float"},"d":{"type":"number"},"b":{"type":"boolean"},
+            "small":{"type":"number","format":"decimal","x-precision":9,"x-scale":2},
+            "middle":{"type":"number","format":"decimal","x-precision":18,"x-scale":4},
+            "large":{"type":"string","format":"decimal","x-precision":38,"x-scale":10},
+            "day":{"type":"string","format":"date"},"time":{"type":"string","format":"time"},
+            "at":{"type":"string","format":"date-time"},"local":{"type":"string","format":"local-date-time"},
+            "id":{"type":"string","format":"uuid"},"bytes":{"type":"string","contentEncoding":"base64"},"any":true,
+            "list":{"type":"array","items":{"type":["integer","null"]}},
+            "lists":{"type":"array","items":{"type":"array","items":{"type":"string"}}},
+            "map":{"type":"object","additionalProperties":{"type":["number","null"]}},
+            "maps":{"type":"object","additionalProperties":{"type":"object","required":["x"],"properties":{"x":{"type":"integer"}}}},
+            "struct":{"type":"object","required":["a"],"properties":{"a":{"type":"integer"},
+                "inner":{"type":"object","properties":{"t":{"type":"string","format":"local-time"}}}}},
+            "structs":{"type":"array","items":{"type":"object","properties":{"p":{"type":"number","format":"decimal","x-precision":4,"x-scale":1}}}}
+        }}"#,
+    )
+    .unwrap();
+    let full = r#"{"s":"ü","i":-7,"l":9223372036854775807,"f":0.1,"d":0.1,"b":true,"small":-1.25,"middle":12345678901234.5678,
+        "large":"-1234567890123456789012345678.0123456789","day":"2026-01-31","time":"23:59:59.999999Z",
+        "at":"2026-01-31T23:59:59.5+01:00","local":"2026-01-31T23:59:59.5","id":"123e4567-e89b-12d3-a456-426614174000",
+        "bytes":"AP8=","any":{"x":[1]},"list":[1,null,3],"lists":[[],["a","b"]],"map":{"k":1.5,"n":null},
+        "maps":{"k":{"x":1}},"struct":{"a":1,"inner":{"t":"01:02:03"}},"structs":[{"p":0.1},{}]}"#;
+    let payloads = [full, r#"{"s":""}"#, r#"{"s":"x","list":[],"map":{},"struct":{"a":2},"structs":[]}"#];
+    let mut chunk = crate::source::Chunk::default();
+    for payload in payloads {
+        let (begin, value_len) = (chunk.data.len() as u32, payload.len() as u32);
+        chunk.data.extend_from_slice(payload.as_bytes());
+        let key_len = crate::source::Record::NONE;
+        chunk.records.push(crate::source::Record { offset: 0, timestamp_ms: 0, begin, key_len, value_len });
+    }
+    let decoded = crate::decode::Decoder::new(schema.clone()).decode(&chunk);
+    assert!(decoded.rejected.is_empty(), "{:?}", decoded.rejected);
+
+    let fixture = Fixture::new();
+    let table = TableSpec { schema: schema.arrow.clone(), ..spec("t.types", &["day(at)"]) };
+    let sink = fixture.open(std::slice::from_ref(&table)).await.unwrap();
+    let rows = decoded.batch.clone();
+    let files = write(&sink, 0, 1, vec![rows.slice(0, 1)]).await;
+    let path = files[0].file_path().to_string();
+    let path = path.strip_prefix("file://").unwrap_or(&path);
+    let reader =
+        parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(std::fs::File::open(path).unwrap());
+    let read = reader.unwrap().build().unwrap().next().unwrap().unwrap();
+    let mut files = files;
+    files.extend(write(&sink, 0, 1, vec![rows.slice(1, 2)]).await);
+    sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
+    let metadata = metadata(&sink, 0).await;
+    let columns = layout::arrow_schema(&table, &metadata).unwrap();
+    let expected = layout::conform(&rows.slice(0, 1), &columns).unwrap();
+    assert_eq!(read.num_columns(), expected.num_columns());
+    for (field, (read, expected)) in columns.fields().iter().zip(read.columns().iter().zip(expected.columns())) {
+        assert_eq!(format!("{read:?}"), format!("{expected:?}"), "{}", field.name());
+    }
+    // The table as it is now takes the next run of the pipeline.
+    fixture.open(&[table]).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn catalogs_of_older_programs_and_other_files_are_told_apart() {
     let fixture = Fixture::new();
@@ -769,10 +832,19 @@ async fn interop_tables() {
         path: dir.join("catalog.db"),
         warehouse: std::env::var("FLOE_INTEROP_WAREHOUSE").unwrap_or(dir.join("warehouse").to_str().unwrap().into()),
     };
-    let specs = [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id"])];
-    let sink = IcebergSink::open(&catalog, Uuid::new_v4(), "interop", &specs).await.unwrap();
-    for batch in 1..=5 {
-        let rows = vec![events(batch * 1000, 1000, DAY_US / 500)];
+    let mut specs =
+        [spec("telemetry.events", &["day(event_timestamp)"]), spec("telemetry.by_device", &["device_id", "count"])];
+    specs.iter_mut().for_each(|s| drop(s.properties.insert("commit.manifest.min-count-to-merge".into(), "2".into())));
+    let query_id = Uuid::new_v4();
+    for batch in 1..=9 {
+        // A column more, and a partition column that is widened.
+        if batch == 5 {
+            let mut fields: Vec<_> = one_column_more(&events_schema(), "fw", DataType::Utf8).fields().to_vec();
+            fields[3] = Arc::new(Field::new("count", DataType::Int64, true));
+            specs.iter_mut().for_each(|s| s.schema = Arc::new(Schema::new(fields.clone())));
+        }
+        let sink = IcebergSink::open(&catalog, query_id, "interop", &specs).await.unwrap();
+        let rows = vec![events(batch * 20, 20, DAY_US / 500)];
         let files = vec![write(&sink, 0, batch as u64, rows.clone()).await, write(&sink, 1, batch as u64, rows).await];
         sink.commit(&batch_commit(&sink, batch as u64, files).await).await.unwrap();
     }
