@@ -34,6 +34,8 @@ pub enum Error {
     #[error(transparent)]
     Source(#[from] crate::source::Error),
     #[error(transparent)]
+    Registry(#[from] crate::decode::registry::Error),
+    #[error(transparent)]
     Transform(#[from] crate::transform::Error),
     #[error(transparent)]
     State(#[from] crate::state::Error),
@@ -106,6 +108,7 @@ impl Error {
             Error::Storage(_) | Error::Vanished(_) | Error::Compile(_) | Error::Http { .. } => Kind::Fatal,
             Error::Checkpoint(e) => e.kind(),
             Error::Source(e) => e.kind(),
+            Error::Registry(e) => e.kind(),
             Error::Transform(e) => e.kind(),
             Error::State(e) => e.kind(),
             Error::StateFile { error, .. } => error.kind(),

@@ -27,7 +27,7 @@ use uuid::Uuid;
 use crate::batch::MicroBatch;
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
-use crate::decode::{Decoder, Rejection};
+use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
 use crate::pipeline::Pipeline;
 use crate::quality::{Expectations, Violation};
@@ -214,11 +214,11 @@ impl<'a> Job<'a> {
     }
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
-        let mut decoder = Decoder::new(self.pipeline.schema.clone());
+        let mut decoder = RecordDecoder::new(self.pipeline.schema.clone(), self.pipeline.registry.clone());
         let mut writers = self.writers(worker);
         let mut counts = Counts::default();
-        while let Some(chunk) = self.next_chunk()? {
-            self.process(&chunk, &mut decoder, &mut writers, &mut counts)?;
+        while let Some(mut chunk) = self.next_chunk()? {
+            self.process(&mut chunk, &mut decoder, &mut writers, &mut counts)?;
             if crate::failpoint::hit("execute.chunk") {
                 return Err(Error::Internal("failpoint execute.chunk".into()));
             }
@@ -242,8 +242,8 @@ impl<'a> Job<'a> {
 
     fn process(
         &self,
-        chunk: &Chunk,
-        decoder: &mut Decoder,
+        chunk: &mut Chunk,
+        decoder: &mut RecordDecoder,
         writers: &mut Writers<'_>,
         counts: &mut Counts,
     ) -> Result<(), Error> {
@@ -312,10 +312,10 @@ pub struct Admitted {
 pub fn admit(
     pipeline: &Pipeline,
     trigger_time_ms: i64,
-    chunk: &Chunk,
-    decoder: &mut Decoder,
+    chunk: &mut Chunk,
+    decoder: &mut RecordDecoder,
 ) -> Result<Admitted, Error> {
-    let decoded = decoder.decode(chunk);
+    let decoded = decoder.decode(chunk)?;
     let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
     refuse_future(pipeline, trigger_time_ms, &mut batch, &mut records, &mut rejected)?;
     let decoded_rows = batch.num_rows();

@@ -9,6 +9,7 @@ use arrow::datatypes::SchemaRef;
 
 use crate::config::Config;
 use crate::dead_letter;
+use crate::decode::registry::Registry;
 use crate::execute;
 use crate::quality::Expectations;
 use crate::schema::Schema;
@@ -19,6 +20,8 @@ use crate::transform::Transform;
 /// The configuration, compiled: what a batch is executed with.
 pub struct Pipeline {
     pub schema: Arc<Schema>,
+    /// None: payloads are plain JSON.
+    pub registry: Option<Arc<Registry>>,
     pub transform: Option<Transform>,
     pub expectations: Option<Expectations>,
     pub queries: Arc<[WindowQuery]>,
@@ -86,6 +89,10 @@ impl Pipeline {
             }
         }
         let dead_letters = add(&config.dead_letters, dead_letter::arrow_schema());
+        let registry = config.registry.as_ref().map(Registry::new).transpose().unwrap_or_else(|e| {
+            errors.push(e);
+            None
+        });
         if !errors.is_empty() {
             return Err(errors);
         }
@@ -94,6 +101,7 @@ impl Pipeline {
             event_time: columns.index_of(event_time_name).unwrap_or_default(),
             future_guard: max_future.and_then(|m| Some((decoded.index_of(event_time_name).ok()?, m))),
             schema: config.schema.clone(),
+            registry: registry.map(Arc::new),
             transform,
             expectations,
             queries: queries.into(),

@@ -2,7 +2,7 @@
 //!
 //! Leaves nothing behind: probe objects are deleted, no table, catalog or checkpoint is created.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -12,17 +12,23 @@ use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use rusqlite::{Connection, OpenFlags};
 
 use super::Error;
+use crate::batch::{OffsetRange, Ranges};
 use crate::checkpoint::Checkpoint;
-use crate::config::{CatalogConfig, Config};
+use crate::config::{CatalogConfig, Config, RegistryConfig};
+use crate::decode::framing::schema_id;
+use crate::decode::registry::{Registry, Writer};
 use crate::pipeline::Pipeline;
 use crate::sink::iceberg::{IcebergSink, TableStep};
-use crate::source::Source;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
+use crate::source::{self, Available, Source};
 use crate::storage::Location;
 use crate::transform::Transform;
 
 /// Stores and brokers that cannot be reached are tried for long by their clients; a person is waiting here.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Records of each partition that are looked at.
+const NEWEST: i64 = 3;
 
 /// What a probe found, or what is wrong and what to do about it. Several lines where there is more to say.
 type Finding = Result<String, String>;
@@ -45,7 +51,12 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     report("schema", Ok(columns(config)));
     report("guarantee", Ok(config.guarantee()));
     let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
-    report("broker", in_time(broker(config)).await);
+    let broker = in_time(broker(config)).await;
+    let reachable = broker.is_ok();
+    report("broker", broker);
+    if reachable {
+        report("payloads", in_time(payloads(config)).await);
+    }
     if let Some(topic) = &config.dead_letter_topic {
         report("dlq topic", in_time(dead_letter_topic(config, topic)).await);
     }
@@ -67,7 +78,7 @@ async fn in_time(probe: impl Future<Output = Finding>) -> Finding {
 }
 
 /// Blocking clients have a thread of their own, which is left behind when it takes too long.
-async fn blocking(probe: impl FnOnce() -> Finding + Send + 'static) -> Finding {
+async fn blocking<T: Send + 'static>(probe: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
     tokio::task::spawn_blocking(probe).await.unwrap_or_else(|e| Err(format!("the probe itself failed: {e}")))
 }
 
@@ -122,26 +133,109 @@ fn type_name(data_type: &arrow::datatypes::DataType) -> String {
 async fn broker(config: &Config) -> Finding {
     let config = config.clone();
     blocking(move || {
-        let servers = &config.source.bootstrap_servers;
-        let hint = |e: crate::source::Error| {
-            format!("{servers}: {e}\ncheck source.bootstrap_servers, source.topics and the security settings in source.kafka")
-        };
-        let chunks = ChunkSettings::with_buffer(config.execution.buffer_bytes);
-        let mut source = KafkaSource::new(&config.source, QueryNames::of(&config.name), chunks).map_err(hint)?;
-        let available = source.available().map_err(hint)?;
+        let (_, available) = open_source(&config)?;
         let mut topics: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
         for (tp, range) in &available.partitions {
             let (partitions, records) = topics.entry(&tp.topic).or_default();
             *partitions += 1;
             *records += range.len();
         }
-        let mut lines = servers.to_string();
+        let mut lines = config.source.bootstrap_servers.clone();
         for (topic, (partitions, records)) in topics {
             let _ = write!(lines, "\ntopic {topic}: {partitions} partitions, {records} offsets");
         }
         Ok(lines)
     })
     .await
+}
+
+fn open_source(config: &Config) -> Result<(KafkaSource, Available), String> {
+    let servers = &config.source.bootstrap_servers;
+    let hint = |e: source::Error| {
+        format!(
+            "{servers}: {e}\ncheck source.bootstrap_servers, source.topics and the security settings in source.kafka"
+        )
+    };
+    let chunks = ChunkSettings::with_buffer(config.execution.buffer_bytes);
+    let mut source = KafkaSource::new(&config.source, QueryNames::of(&config.name), chunks).map_err(hint)?;
+    let available = source.available().map_err(hint)?;
+    Ok((source, available))
+}
+
+/// The newest records of a topic.
+#[derive(Default)]
+struct Sample {
+    records: usize,
+    framed: usize,
+    ids: BTreeSet<u32>,
+}
+
+/// Whether records are framed as by a schema registry's serializers, and what the registry says of their schemas.
+async fn payloads(config: &Config) -> Finding {
+    let registry = config.registry.as_ref().map(Registry::new).transpose()?;
+    let sampled = config.clone();
+    let samples = blocking(move || sample(&sampled)).await?;
+    let mut lines = Vec::new();
+    let mut refused = false;
+    for (topic, Sample { records, framed, ids }) in &samples {
+        let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
+        let framed = match framed {
+            0 => "none with a schema id in front".to_string(),
+            _ => format!("{framed} with a schema id in front: {}", ids.join(", ")),
+        };
+        lines.push(format!("topic {topic}: of the newest {records} records {framed}"));
+        refused |= registry.is_none() && !ids.is_empty();
+    }
+    if refused {
+        lines
+            .push("without schema.registry these records become dead letters (schema_registry_framing); set it".into());
+        return Err(lines.join("\n"));
+    }
+    if let (Some(registry), Some(place)) = (registry, config.registry.as_ref().map(RegistryConfig::place)) {
+        registry.confirm().await.map_err(|e| e.to_string())?;
+        lines.push(format!("schema registry {place} answers"));
+        let ids = samples.into_values().flat_map(|sample| sample.ids).collect();
+        for (id, writer) in registry.resolve(ids).await.map_err(|e| e.to_string())? {
+            lines.push(match writer {
+                Writer::Compiled(_) | Writer::General(_) => {
+                    format!("schema {id}: its records are held to it and to schema.file")
+                }
+                Writer::Unchecked(problem) => {
+                    format!("schema {id}: its records are held to schema.file alone: {problem}")
+                }
+                Writer::OtherType(found) => {
+                    format!("schema {id} is {found}: its records become dead letters (unsupported_schema)")
+                }
+                Writer::Unknown => {
+                    format!("schema {id} is unknown: its records become dead letters (unknown_schema_id)")
+                }
+            });
+        }
+    }
+    if lines.is_empty() {
+        lines.push("no records to look at yet".into());
+    }
+    Ok(lines.join("\n"))
+}
+
+/// By topic; without those that have no records.
+fn sample(config: &Config) -> Result<BTreeMap<String, Sample>, String> {
+    let (mut source, available) = open_source(config)?;
+    let newest = |range: OffsetRange| OffsetRange { start: range.start.max(range.end - NEWEST), ..range };
+    let ranges = available.partitions.into_iter().map(|(tp, range)| (tp, newest(range)));
+    let ranges: Ranges = ranges.filter(|(_, range)| !range.is_empty()).collect();
+    let mut samples: BTreeMap<String, Sample> = BTreeMap::new();
+    for chunk in source.read(&ranges).map_err(|e| e.to_string())? {
+        let chunk = chunk.map_err(|e| e.to_string())?;
+        let sample = samples.entry(chunk.topic.to_string()).or_default();
+        sample.records += chunk.records.len();
+        let ids = (0..chunk.records.len()).filter_map(|index| schema_id(chunk.value(index)?));
+        for id in ids {
+            sample.framed += 1;
+            sample.ids.insert(id);
+        }
+    }
+    Ok(samples)
 }
 
 async fn dead_letter_topic(config: &Config, topic: &str) -> Finding {

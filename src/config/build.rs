@@ -40,6 +40,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let source = source(r);
     let trigger = trigger(r);
     let schema = schema(r);
+    let registry = registry::registry(r);
     let transform = TransformConfig { filter: r.text("transform.filter"), columns: r.map("transform.columns") };
     let quality = quality(r);
     let event_time = event_time(r);
@@ -67,6 +68,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         source,
         trigger,
         schema,
+        registry,
         transform,
         quality,
         event_time,

@@ -5,14 +5,16 @@ use sha2::{Digest, Sha256};
 
 use super::{Config, TableConfig};
 
-/// SHA-256 over a canonical form. In it: schema document and the column of what it leaves open, transform, expectations, event
-/// time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how often, such as brokers, topics (a plan has its own), trigger, limits
+/// SHA-256 over a canonical form. In it: schema document, the column of what it leaves open, whether there is a registry, transform,
+/// expectations, event time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how
+/// often, such as brokers, topics (a plan has its own), trigger, limits
 /// and retry.
 pub fn fingerprint(config: &Config, schema_document: &str) -> String {
     // A document that is not JSON has been refused before.
     let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
     let mut meaning = json!({
         "schema": canonical(schema),
+        "registry": config.registry.is_some(),
         "filter": config.transform.filter,
         "columns": config.transform.columns,
         "event_time": config.event_time.as_ref().map(|e| json!({

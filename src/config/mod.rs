@@ -12,6 +12,7 @@ mod expression;
 mod fingerprint;
 mod pipeline;
 mod read;
+mod registry;
 pub mod settings;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use std::time::Duration;
 
 pub use build::OWNED_PROPERTIES;
 pub use error::{ConfigError, ConfigErrors, Place};
+pub use registry::RegistryConfig;
 
 use crate::batch::Offsets;
 use crate::schema::Schema;
@@ -38,6 +40,8 @@ pub struct Config {
     pub source: SourceConfig,
     pub trigger: Trigger,
     pub schema: Arc<Schema>,
+    /// Where the schemas of framed records are. None: payloads are plain JSON.
+    pub registry: Option<RegistryConfig>,
     pub transform: TransformConfig,
     pub quality: QualityConfig,
     /// None: no windows and no watermark.

@@ -97,7 +97,8 @@ impl Reader<'_> {
         };
         let parsed = parse(node);
         if parsed.is_none() {
-            let problem = format!("found {}, allowed is {}", describe(node, false), setting.kind.allowed());
+            let found = describe(node, super::is_secret(key));
+            let problem = format!("found {found}, allowed is {}", setting.kind.allowed());
             self.error(key, problem);
         }
         parsed

@@ -240,6 +240,8 @@ fn other_value(key: &str) -> &'static str {
         "source.min_offsets_per_trigger" => "11",
         "source.fail_on_data_loss" => "true",
         "trigger.available_now" => "true",
+        "schema.registry" => "https://other",
+        "schema.registry_username" | "schema.registry_password" => "other",
         "schema.file" => "./schema.json",
         "schema.extra_column" => "_extra",
         "transform.filter" => "status = 'ok'",
@@ -277,25 +279,30 @@ fn other_value(key: &str) -> &'static str {
 fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names() {
     let document =
         SCHEMA.replace("\"status\"", "\"other_time\": {\"type\": \"string\", \"format\": \"date-time\"}, \"status\"");
+    let registry =
+        "registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = \"hunter2\"\n[transform]\n";
+    let full = FULL.replace("[transform]\n", registry);
     let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);
         let mut case = Case::new();
         fs::write(case.folder.path().join("schema.json"), &document).unwrap();
-        let before = shown(&case.load(FULL).unwrap());
+        let before = shown(&case.load(&full).unwrap());
         case.env.insert(variable.clone(), value.into());
-        let by_variable = shown(&case.load(FULL).unwrap_or_else(|e| panic!("{variable}: {e}")));
-        let same_by_nature = ["schema.file", "event_time.policy", "catalog.type"].contains(&setting.key);
+        let by_variable = shown(&case.load(&full).unwrap_or_else(|e| panic!("{variable}: {e}")));
+        // A password is not shown.
+        let same_by_nature =
+            ["schema.file", "schema.registry_password", "event_time.policy", "catalog.type"].contains(&setting.key);
         assert_eq!(by_variable == before, same_by_nature, "{variable} has no effect");
 
         let mounted = case.folder.path().join("mounted");
         fs::write(&mounted, format!("{value}\n")).unwrap();
         case.env = BTreeMap::from([(format!("{variable}_FILE"), mounted.to_str().unwrap().to_string())]);
-        assert_eq!(shown(&case.load(FULL).unwrap()), by_variable, "{variable}_FILE");
+        assert_eq!(shown(&case.load(&full).unwrap()), by_variable, "{variable}_FILE");
 
         case.env.insert(variable.clone(), value.into());
-        let errors = case.errors(FULL);
+        let errors = case.errors(&full);
         assert_eq!(errors, [format!("${variable}: both {variable} and {variable}_FILE are set; unset one of them")]);
     }
 }
@@ -817,5 +824,34 @@ fn the_readme_knows_every_reason_and_no_metric_that_is_not_there() {
     let metrics = include_str!("../telemetry/metrics.rs");
     for name in readme.split('`').filter(|word| word.starts_with("floe_")) {
         assert!(metrics.contains(&format!("\"{name}\"")), "{name}");
+    }
+}
+
+#[test]
+fn a_registry_is_read_and_its_password_is_never_shown() {
+    let with = |lines: &str| MINIMAL.replace("file = \"schema.json\"\n", &format!("file = \"schema.json\"\n{lines}\n"));
+    let config = load_ok(&with("registry = \"https://me:hunter2@registry:8081/path\""));
+    let registry = config.registry.as_ref().unwrap();
+    assert_eq!(registry.url.as_str(), "https://me:hunter2@registry:8081/path/");
+    assert_eq!(registry.place(), "https://registry:8081/path/");
+    assert!(!format!("{config:?}").contains("hunter2"));
+    assert_ne!(config.fingerprint, load_ok(MINIMAL).fingerprint);
+    let text = with("registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = \"hunter2\"");
+    let config = load_ok(&text);
+    let expected = Some(("me".to_string(), Some("hunter2".to_string())));
+    assert_eq!(config.registry.as_ref().unwrap().credentials, expected);
+    assert!(!format!("{config:?}").contains("hunter2"));
+    for lines in [
+        "registry = \"registry:hunter2\"",
+        "registry = \"http://me:hunter2@\"",
+        "registry = \"http://me:hunter2@r\"\nregistry_username = \"me\"",
+        "registry = \"http://me:hunter2@r/?a=b\"",
+        "registry_password = \"hunter2\"",
+        "registry_username = \"me\"",
+        "registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = [\"hunter2\"]",
+    ] {
+        let errors = Case::new().errors(&with(lines));
+        assert!(errors.len() == 1 && errors[0].contains("schema.registry"), "{lines}: {errors:#?}");
+        assert!(!errors[0].contains("hunter2"), "{errors:#?}");
     }
 }

@@ -39,8 +39,14 @@ pub enum Reason {
     BadFormat,
     BadLength,
     UnknownField,
-    /// A keyword that only the schema's validator checks, such as `anyOf`.
+    /// A keyword that only a general validator checks, such as `anyOf`.
     SchemaViolation,
+    /// Begins as in a schema registry's framing, and no registry is configured.
+    SchemaRegistryFraming,
+    /// The schema registry has no schema of the record's id.
+    UnknownSchemaId,
+    /// The schema of the record's id is no JSON Schema.
+    UnsupportedSchema,
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
@@ -53,7 +59,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 21] = [
+    pub const ALL: [Reason; 24] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -70,6 +76,9 @@ impl Reason {
         Reason::BadLength,
         Reason::UnknownField,
         Reason::SchemaViolation,
+        Reason::SchemaRegistryFraming,
+        Reason::UnknownSchemaId,
+        Reason::UnsupportedSchema,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
         Reason::ExpectationFailed,
@@ -100,6 +109,9 @@ impl Reason {
             Reason::BadLength => "bad_length",
             Reason::UnknownField => "unknown_field",
             Reason::SchemaViolation => "schema_violation",
+            Reason::SchemaRegistryFraming => "schema_registry_framing",
+            Reason::UnknownSchemaId => "unknown_schema_id",
+            Reason::UnsupportedSchema => "unsupported_schema",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
             Reason::ExpectationFailed => "expectation_failed",

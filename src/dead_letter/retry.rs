@@ -20,7 +20,7 @@ use super::letters::{self, Letter, Letters, Selection};
 use crate::checkpoint::Checkpoint;
 use crate::clock;
 use crate::config::Config;
-use crate::decode::Decoder;
+use crate::decode::RecordDecoder;
 use crate::error::Error as QueryError;
 use crate::execute::{self, Admitted};
 use crate::failpoint;
@@ -316,7 +316,7 @@ impl Attempt {
 /// Letters on their way to rows.
 struct Work {
     pipeline: Arc<Pipeline>,
-    decoder: Decoder,
+    decoder: RecordDecoder,
     /// None in a dry run.
     writer: Option<TableWriter>,
     now_ms: i64,
@@ -332,7 +332,7 @@ impl Work {
         let late = |&table: &usize| Late { table: pipeline.tables[table].name.clone(), ..Late::default() };
         let report = Report { late: pipeline.windows.iter().map(late).collect(), ..Report::default() };
         Work {
-            decoder: Decoder::new(pipeline.schema.clone()),
+            decoder: RecordDecoder::new(pipeline.schema.clone(), pipeline.registry.clone()),
             pipeline,
             writer: sink.map(|sink| sink.writer_of(0, "retry-", Uuid::new_v4())),
             now_ms: (clock::system())(),
@@ -359,16 +359,16 @@ impl Work {
             });
             push(chunk, &letter, place.offset);
             if chunk.data.len() >= CHUNK_BYTES {
-                let full = std::mem::take(chunk);
+                let mut full = std::mem::take(chunk);
                 chunk.topic = full.topic.clone();
                 chunk.partition = full.partition;
-                self.admit(&full)?;
+                self.admit(&mut full)?;
             }
         }
-        chunks.values().try_for_each(|chunk| self.admit(chunk))
+        chunks.values_mut().try_for_each(|chunk| self.admit(chunk))
     }
 
-    fn admit(&mut self, chunk: &Chunk) -> Result<(), Error> {
+    fn admit(&mut self, chunk: &mut Chunk) -> Result<(), Error> {
         let Admitted { batch, records, rejected, filtered, dropped, violation, .. } =
             execute::admit(&self.pipeline, self.now_ms, chunk, &mut self.decoder)?;
         if let Some(violation) = violation {

@@ -12,9 +12,11 @@
 mod base64;
 mod column;
 mod fault;
+pub mod framing;
 mod object;
 #[cfg(test)]
 mod reference;
+pub mod registry;
 mod scan;
 #[cfg(test)]
 mod tests;
@@ -31,6 +33,8 @@ use arrow::record_batch::RecordBatch;
 use crate::dead_letter::Reason;
 use crate::schema::Schema;
 use crate::source::Chunk;
+
+pub use framing::RecordDecoder;
 
 use column::Column;
 use fault::{Fault, Scan};

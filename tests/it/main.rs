@@ -38,6 +38,8 @@ mod ownership;
 mod quality;
 /// Killed at random moments.
 mod random_kills;
+/// Records framed with a schema id, by a registry that may be away.
+mod registry;
 /// The checkpoint on an S3-compatible store.
 mod s3;
 /// Nested types, decimals and times reach other readers as they were written; any keyword is held to.
