@@ -284,11 +284,7 @@ impl Inner {
             .build())
     }
 
-    pub(super) async fn manifests(
-        &self,
-        metadata: &TableMetadata,
-        snapshot: &Snapshot,
-    ) -> iceberg::Result<ManifestList> {
+    async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
         let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
         ManifestList::parse_with_version(&bytes, metadata.format_version())
     }
@@ -334,7 +330,7 @@ impl Inner {
         Ok(removed)
     }
 
-    pub(super) async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
+    async fn read(&self, location: &str) -> iceberg::Result<bytes::Bytes> {
         self.file_io.new_input(location)?.read().await
     }
 

@@ -62,7 +62,14 @@ impl PinnedTable {
     }
 
     pub fn has_column(&self, name: &str) -> bool {
-        self.loaded.metadata.current_schema().field_by_name(name).is_some()
+        self.schema().field_by_name(name).is_some()
+    }
+
+    /// That of the rows: a column that was added since the last commit is not in it yet.
+    fn schema(&self) -> SchemaRef {
+        let metadata = &self.loaded.metadata;
+        let of_rows = metadata.current_snapshot().and_then(|snapshot| snapshot.schema(metadata).ok());
+        of_rows.unwrap_or_else(|| metadata.current_schema().clone())
     }
 
     /// The rows for which `filter` is true, read from no more files, row groups and columns than it takes.
@@ -139,7 +146,7 @@ impl PinnedTable {
         batch_rows: usize,
     ) -> Result<Rows, Error> {
         let failed = self.failed();
-        let schema: SchemaRef = self.loaded.metadata.current_schema().clone();
+        let schema = self.schema();
         let fields: Vec<i32> = columns.iter().filter_map(|column| schema.field_id_by_name(column)).collect();
         let predicate =
             filter.map(|filter| filter.rewrite_not().bind(schema.clone(), true)).transpose().map_err(&failed)?;
