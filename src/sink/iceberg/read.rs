@@ -50,10 +50,8 @@ impl PinnedTable {
         let file_io = TableStorage::default().file_io();
         let name = TableName::parse(name)?;
         let CatalogConfig::Sqlite { path, warehouse } = catalog;
-        if !path.exists() {
-            return Ok(None);
-        }
-        let catalog = sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?;
+        let catalog = sqlite::SqliteCatalog::open_read_only(path, warehouse, file_io.clone()).await?;
+        let Some(catalog) = catalog else { return Ok(None) };
         Ok(catalog.load(&name).await?.map(|loaded| PinnedTable { name, loaded, file_io }))
     }
 
