@@ -13,7 +13,7 @@ use iceberg::expr::{Bind, Predicate};
 use iceberg::io::FileIO;
 use iceberg::scan::FileScanTask;
 use iceberg::spec::{
-    DataContentType, DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, SchemaRef, Snapshot,
+    DataContentType, DataFile, MAIN_BRANCH, Manifest, ManifestEntryRef, ManifestFile, ManifestList, SchemaRef, Snapshot,
 };
 use iceberg::table::Table;
 use iceberg::{NamespaceIdent, Runtime, TableIdent};
@@ -100,7 +100,8 @@ impl PinnedTable {
         let Some(snapshot) = self.loaded.metadata.snapshot_by_id(snapshot_id) else { return Ok(None) };
         let list = self.manifests(snapshot).await?;
         let added = list.consume_entries().into_iter().filter(|m| m.added_snapshot_id == snapshot_id).collect();
-        self.scan_manifests(added, columns, None, batch_rows).await.map(Some)
+        // A manifest of this snapshot may be a merged one, with entries of snapshots before it.
+        self.scan_manifests(added, Some(snapshot_id), columns, None, batch_rows).await.map(Some)
     }
 
     /// The rows that may have come since `older` was pinned: those of all manifests that it did not have.
@@ -121,7 +122,7 @@ impl PinnedTable {
         };
         let list = self.manifests(snapshot).await?;
         let new = list.consume_entries().into_iter().filter(|m| !known.contains(&m.manifest_path)).collect();
-        self.scan_manifests(new, columns, filter, batch_rows).await
+        self.scan_manifests(new, None, columns, filter, batch_rows).await
     }
 
     async fn manifests(&self, snapshot: &Snapshot) -> Result<ManifestList, Error> {
@@ -135,10 +136,12 @@ impl PinnedTable {
         self.file_io.new_input(location).map_err(&failed)?.read().await.map_err(&failed)
     }
 
-    /// Every live row of the manifests' data files. Deletes that other engines have written are not applied.
+    /// Every live row of the manifests' data files, or of those that one snapshot has added. Deletes that other engines have
+    /// written are not applied.
     async fn scan_manifests(
         &self,
         manifests: Vec<ManifestFile>,
+        added_by: Option<i64>,
         columns: &[&str],
         filter: Option<Predicate>,
         batch_rows: usize,
@@ -152,7 +155,12 @@ impl PinnedTable {
         for manifest in manifests {
             let manifest = Manifest::parse_avro(&self.read(&manifest.manifest_path).await?).map_err(&failed)?;
             let data = |content| content == DataContentType::Data;
-            for entry in manifest.entries().iter().filter(|e| e.is_alive() && data(e.content_type())) {
+            let wanted = |entry: &ManifestEntryRef| {
+                // An entry without a snapshot is of the one that its manifest is of.
+                let added = added_by.is_none_or(|snapshot| entry.snapshot_id().is_none_or(|id| id == snapshot));
+                added && entry.is_alive() && data(entry.content_type())
+            };
+            for entry in manifest.entries().iter().filter(|entry| wanted(entry)) {
                 let task = FileScanTask::builder()
                     .with_file_size_in_bytes(entry.file_size_in_bytes())
                     .with_start(0)
