@@ -173,6 +173,22 @@ fn killed_at_each_step() {
     }
 }
 
+/// A commit that merges manifests has those of batches before it in hand, and publishes none of them again.
+#[test]
+fn each_once_beyond_the_merging_of_manifests() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let telemetry = Telemetry { messages: 700, invalid_per_mille: 300, ..Telemetry::default() };
+    fill(broker, "dlt_merged", &telemetry);
+    let mut pipeline = pipeline(broker, "dlt_merged", "dlt_merged.dead");
+    pipeline.set("source.max_offsets_per_trigger", 10);
+    pipeline.run();
+    let batches = pipeline.tables().table("telemetry.dead_letters").snapshots.len();
+    assert!(batches > 55, "{batches} commits are too few for a merge");
+    let letters = as_in_the_table(&pipeline, broker, "dlt_merged.dead");
+    assert_eq!(letters as u64, telemetry.truth().dead_letters());
+}
+
 #[test]
 fn killed_at_random_moments() {
     let _turn = turn();

@@ -1,4 +1,4 @@
-//! A real Kafka broker for tests and benchmarks: Apache Kafka in KRaft combined mode, from Maven Central.
+//! A real Kafka broker for tests and benchmarks: Apache Kafka in KRaft combined mode, fetched by Maven.
 //!
 //! Owns: fetching the jars (once, into `target/test-kafka`), starting, stopping and disturbing a broker, and the few
 //! administrative calls that tests need. A broker dies with the process that started it, however that process ends: a
