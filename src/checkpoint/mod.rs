@@ -94,6 +94,10 @@ impl Checkpoint {
         }
         for folder in ["offsets", "commits"] {
             if let Some(entry) = files.list(folder).await?.first() {
+                // Metadata comes before any log: another process may have created both since we looked.
+                if let Some(metadata) = read_metadata(&files).await? {
+                    return Checkpoint::with(files, metadata, false, pipeline);
+                }
                 let problem =
                     format!("the file is missing although the checkpoint is in use ({} is there)", entry.file);
                 return Err(files.damaged(METADATA, problem));
