@@ -16,7 +16,7 @@ use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
 use uuid::Uuid;
 
-use super::letters::{self, Letter, Letters, Selection};
+use super::letters::{self, Letters, Selection};
 use crate::checkpoint::Checkpoint;
 use crate::clock;
 use crate::config::Config;
@@ -30,7 +30,7 @@ use crate::sink;
 use crate::sink::iceberg::{
     Append, DataFile, Datum, IcebergSink, PinnedTable, Predicate, Reference, Rows, TableWriter,
 };
-use crate::source::{Chunk, Record};
+use crate::source::Chunk;
 use crate::window;
 
 /// How often another writer may be faster.
@@ -357,7 +357,8 @@ impl Work {
                 partition: *partition,
                 ..Chunk::default()
             });
-            push(chunk, &letter, place.offset);
+            let timestamp_ms = letter.timestamp_us.map(|us| us.div_euclid(1000));
+            chunk.push(place.offset, timestamp_ms, letter.key, letter.payload, letter.headers.clone());
             if chunk.data.len() >= CHUNK_BYTES {
                 let mut full = std::mem::take(chunk);
                 chunk.topic = full.topic.clone();
@@ -411,23 +412,6 @@ impl Work {
         let files = self.writer.map(TableWriter::finish).transpose()?.unwrap_or_default();
         Ok((self.report, self.written, files))
     }
-}
-
-fn push(chunk: &mut Chunk, letter: &Letter<'_>, offset: i64) {
-    // Below 2^31 each, as parts of a Kafka record are; a chunk is cut long before.
-    let begin = chunk.data.len() as u32;
-    let mut copy = |part: Option<&[u8]>| {
-        part.map_or(Record::NONE, |bytes| {
-            chunk.data.extend_from_slice(bytes);
-            bytes.len() as u32
-        })
-    };
-    let (key_len, value_len) = (copy(letter.key), copy(letter.payload));
-    if let Some(headers) = letter.headers.clone() {
-        chunk.headers.push((chunk.records.len() as u32, headers));
-    }
-    let timestamp_ms = letter.timestamp_us.map_or(i64::MIN, |us| us.div_euclid(1000));
-    chunk.records.push(Record { offset, timestamp_ms, begin, key_len, value_len });
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {

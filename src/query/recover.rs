@@ -1,7 +1,8 @@
 //! Where a query stands when it starts, or starts again after a failure, and whether it may go on at all.
 //!
-//! Owns: reading the checkpoint and comparing it with tables and topics. Does not own: claiming and writing it. Invariant:
-//! nothing is planned, read or written before checkpoint, tables and topics have been found to agree.
+//! Owns: claiming and reading the checkpoint, opening the tables, comparing the two. Does not own: the logs of a batch.
+//! Invariant: no batch is planned, read or committed before checkpoint and tables have been found to agree. Opening may have
+//! created or widened a table by then, which is harmless to whoever reads it.
 
 use std::sync::{Arc, Mutex};
 

@@ -82,6 +82,32 @@ impl Record {
 }
 
 impl Chunk {
+    /// Appends a record. Called for every one that is read: copies, and allocates nothing of its own.
+    #[inline]
+    pub fn push(
+        &mut self,
+        offset: i64,
+        timestamp_ms: Option<i64>,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: Option<Headers>,
+    ) {
+        // Both below 2^31: a Kafka record's parts are, and a chunk is sent long before.
+        let begin = self.data.len() as u32;
+        let mut copy = |part: Option<&[u8]>| {
+            part.map_or(Record::NONE, |bytes| {
+                self.data.extend_from_slice(bytes);
+                bytes.len() as u32
+            })
+        };
+        let (key_len, value_len) = (copy(key), copy(value));
+        if let Some(headers) = headers {
+            self.headers.push((self.records.len() as u32, headers));
+        }
+        let timestamp_ms = timestamp_ms.unwrap_or(i64::MIN);
+        self.records.push(Record { offset, timestamp_ms, begin, key_len, value_len });
+    }
+
     pub fn key(&self, index: usize) -> Option<&[u8]> {
         let r = &self.records[index];
         (r.key_len != Record::NONE).then(|| &self.data[r.begin as usize..][..r.key_len as usize])

@@ -2,15 +2,8 @@ use std::fs;
 
 use crate::support::broker::Broker;
 use crate::support::check::everything;
-use crate::support::floe::{Ended, Floe, Pipeline, free_port};
+use crate::support::floe::{Floe, Pipeline, free_port};
 use crate::support::telemetry::Telemetry;
-
-fn check(pipeline: &Pipeline) -> Ended {
-    let file = pipeline.config_file();
-    let mut command = pipeline.command();
-    command.arg("check").arg(file);
-    Floe::start(command, pipeline.dir(), 1_000, String::new()).wait()
-}
 
 #[test]
 fn shows_every_mistake_at_once() {
@@ -36,7 +29,7 @@ fn shows_every_mistake_at_once() {
         "many",
         "FLOE_SOURCE__MIN_OFFSETS_PER_TRIGGER",
     ];
-    check(&pipeline).expect_code(2).expect_output(&mistakes);
+    pipeline.check().expect_code(2).expect_output(&mistakes);
     pipeline.spawn().wait().expect_code(2).expect_output(&mistakes);
 }
 
@@ -45,10 +38,10 @@ fn tries_out_whatever_the_pipeline_reaches_for() {
     let broker = Broker::shared();
     broker.create_topic("checked", 2, &[]);
     let pipeline = Pipeline::new(&broker.bootstrap, "checked");
-    check(&pipeline).expect_code(0).expect_output(&["broker", "checked", "catalog", "warehouse", "checkpoint"]);
+    pipeline.check().expect_code(0).expect_output(&["broker", "checked", "catalog", "warehouse", "checkpoint"]);
     // It leaves nothing behind that a later run would stumble over.
     pipeline.run();
-    check(&pipeline).expect_code(0);
+    pipeline.check().expect_code(0);
     pipeline.run();
 }
 
@@ -56,11 +49,11 @@ fn tries_out_whatever_the_pipeline_reaches_for() {
 fn names_what_is_out_of_reach() {
     let address = format!("127.0.0.1:{}", free_port());
     let pipeline = Pipeline::new(&address, "any");
-    let ended = check(&pipeline).expect_output(&[&address]);
+    let ended = pipeline.check().expect_output(&[&address]);
     assert!(matches!(ended.code(), Some(1..=3)), "{}", ended.output);
 
     let broker = Broker::shared();
-    let ended = check(&Pipeline::new(&broker.bootstrap, "no.such.topic")).expect_output(&["no.such.topic"]);
+    let ended = Pipeline::new(&broker.bootstrap, "no.such.topic").check().expect_output(&["no.such.topic"]);
     assert!(matches!(ended.code(), Some(1..=3)), "{}", ended.output);
 }
 
@@ -109,7 +102,7 @@ fn secrets_are_not_shown() {
     broker.create_topic("secretive", 1, &[]);
     let mut pipeline = Pipeline::new(&broker.bootstrap, "secretive");
     pipeline.kafka("sasl.password", "hunter2-and-more").kafka("sasl.username", "floe").env("RUST_LOG", "debug");
-    for output in [check(&pipeline).output, pipeline.spawn().wait().output] {
+    for output in [pipeline.check().output, pipeline.spawn().wait().output] {
         assert!(!output.contains("hunter2"), "{output}");
     }
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::support::broker::Broker;
 use crate::support::check::{ROWS, everything, records};
-use crate::support::floe::{Ended, Floe, Pipeline};
+use crate::support::floe::Pipeline;
 use crate::support::reader::Tables;
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;
@@ -61,13 +61,6 @@ fn valid(range: std::ops::Range<u64>) -> u64 {
     range.filter(|i| telemetry().reading(*i).invalid.is_none()).count() as u64
 }
 
-fn check(pipeline: &Pipeline) -> Ended {
-    let file = pipeline.config_file();
-    let mut command = pipeline.command();
-    command.arg("check").arg(file);
-    Floe::start(command, pipeline.dir(), 1_000, String::new()).wait()
-}
-
 fn firmware(pipeline: &Pipeline) -> Vec<(Option<String>, u64)> {
     pipeline.tables().query("select firmware, count(*) from {telemetry.events} group by all order by all")
 }
@@ -88,21 +81,21 @@ fn an_optional_column_is_added() {
     let _turn = turn();
     let topic = "evolving";
     let pipeline = pipeline(topic);
-    check(&pipeline).expect_code(0).expect_output(&["telemetry.events: will be created"]);
+    pipeline.check().expect_code(0).expect_output(&["telemetry.events: will be created"]);
     pipeline.run();
-    check(&pipeline).expect_code(0).expect_output(&["telemetry.events: fits"]);
+    pipeline.check().expect_code(0).expect_output(&["telemetry.events: fits"]);
 
     add_firmware(&pipeline);
     second_half(topic, r#""firmware":"fw-2""#);
     let before = pipeline.tables().table(ROWS).metadata_location;
-    let shown = check(&pipeline).expect_code(0);
+    let shown = pipeline.check().expect_code(0);
     let shown = shown.expect_output(&["telemetry.events: will add firmware string", "telemetry.device_minutes: fits"]);
     assert!(!shown.output.contains("FAIL"), "{}", shown.output);
     assert_eq!(pipeline.tables().table(ROWS).metadata_location, before);
 
     pipeline.run();
     all_there(&pipeline);
-    check(&pipeline).expect_code(0).expect_output(&["telemetry.events: fits"]);
+    pipeline.check().expect_code(0).expect_output(&["telemetry.events: fits"]);
 }
 
 #[test]
@@ -140,7 +133,7 @@ fn integers_widen() {
         schema["properties"]["uptime"] = json!({"type": "integer"});
     });
     second_half(topic, r#""uptime":9000000000"#);
-    check(&pipeline).expect_output(&["will widen duration_ms from int to long, add uptime long"]);
+    pipeline.check().expect_output(&["will widen duration_ms from int to long, add uptime long"]);
     pipeline.run();
     assert_eq!(kind(&pipeline), "long");
     everything(&pipeline, Broker::shared(), &telemetry());
@@ -183,7 +176,7 @@ fn an_incompatible_change_is_refused() {
         "has to be optional",
     ];
     pipeline.spawn().wait().expect_code(3).expect_output(&diff).expect_output(&["no table was changed"]);
-    check(&pipeline).expect_code(1).expect_output(&diff);
+    pipeline.check().expect_code(1).expect_output(&diff);
     assert_eq!((pipeline.tables().table(ROWS).metadata_location, plans()), before);
 
     fs::write(pipeline.dir().join("schema.json"), original).unwrap();
@@ -209,7 +202,7 @@ fn columns_of_others_are_kept() {
     pipeline.tables().add_column(ROWS, "demanded", true);
     let said = ["! demanded", "the table requires it"];
     pipeline.spawn().wait().expect_code(3).expect_output(&said);
-    check(&pipeline).expect_code(1).expect_output(&said);
+    pipeline.check().expect_code(1).expect_output(&said);
 }
 
 /// What creating a table would refuse is said before there is one.
@@ -218,7 +211,7 @@ fn a_table_that_cannot_be_created_is_found_by_check() {
     let mut pipeline = Pipeline::new(&Broker::shared().bootstrap, "uncreatable");
     Broker::shared().create_topic("uncreatable", 1, &[]);
     pipeline.set("rows.partition_by", vec!["event_timestamp".to_string()]);
-    check(&pipeline).expect_code(1).expect_output(&["telemetry.events", "would make a partition of every value"]);
+    pipeline.check().expect_code(1).expect_output(&["telemetry.events", "would make a partition of every value"]);
     assert!(!pipeline.catalog().exists());
 }
 

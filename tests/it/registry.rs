@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::support::broker::{Broker, Rec};
 use crate::support::check::{each_offset_once, produced};
-use crate::support::floe::{Ended, Floe, Pipeline, free_port};
+use crate::support::floe::{Pipeline, free_port};
 
 const READER: &str = r#"{"type": "object", "required": ["device_id", "event_timestamp"], "properties": {
     "device_id": {"type": "string"}, "event_timestamp": {"type": "string", "format": "date-time"},
@@ -106,13 +106,6 @@ fn produce(broker: &Broker, topic: &str, values: Vec<Vec<u8>>) {
     broker.produce_records(topic, values.into_iter().map(record).collect::<Vec<_>>());
 }
 
-fn check(pipeline: &Pipeline) -> Ended {
-    let file = pipeline.config_file();
-    let mut command = pipeline.command();
-    command.arg("check").arg(file);
-    Floe::start(command, pipeline.dir(), 1_000, String::new()).wait()
-}
-
 #[test]
 fn each_record_is_decoded_by_the_schema_of_its_id() {
     let broker = Broker::shared();
@@ -135,7 +128,7 @@ fn each_record_is_decoded_by_the_schema_of_its_id() {
     let payload = values[7].clone();
     let mut pipeline = pipeline(broker, topic, values);
     pipeline.set("schema.registry", registry.url.as_str());
-    check(&pipeline).expect_code(0).expect_output(&["schema 3 is AVRO", "schema 4 is unknown"]);
+    pipeline.check().expect_code(0).expect_output(&["schema 3 is AVRO", "schema 4 is unknown"]);
     pipeline.run();
     let tables = pipeline.tables();
     each_offset_once(&tables, topic, &produced(broker, topic, 1));
@@ -191,7 +184,7 @@ fn without_a_registry_check_says_so_before_a_million_dead_letters_do() {
     let broker = Broker::shared();
     let topic = "registry_missing";
     let pipeline = pipeline(broker, topic, vec![framed(1, &reading("a", "")), framed(258, &reading("b", ""))]);
-    let ended = check(&pipeline).expect_output(&["with a schema id in front: 1, 258", "schema.registry"]);
+    let ended = pipeline.check().expect_output(&["with a schema id in front: 1, 258", "schema.registry"]);
     assert_ne!(ended.code(), Some(0), "{}", ended.output);
     pipeline.run();
     let dead: Vec<(String, String)> = pipeline.tables().query("select reason, message from {telemetry.dead_letters}");
@@ -208,7 +201,7 @@ fn a_registry_out_of_reach_is_named_without_its_password() {
     let mut pipeline = pipeline(broker, topic, vec![framed(1, &reading("a", ""))]);
     let address = format!("127.0.0.1:{}", free_port());
     pipeline.set("schema.registry", format!("http://floe:hunter2@{address}/path"));
-    let ended = check(&pipeline).expect_output(&[&address]);
+    let ended = pipeline.check().expect_output(&[&address]);
     assert!(ended.code() != Some(0) && !ended.output.contains("hunter2"), "{}", ended.output);
 }
 
@@ -233,7 +226,7 @@ fn a_real_registry() {
     ];
     let mut pipeline = pipeline(broker, "registry_real", values);
     pipeline.set("schema.registry", url.as_str());
-    check(&pipeline).expect_code(0).expect_output(&["schema 1000000 is unknown"]);
+    pipeline.check().expect_code(0).expect_output(&["schema 1000000 is unknown"]);
     pipeline.run();
     let tables = pipeline.tables();
     let rows: Vec<(String,)> = tables.query("select device_id from {telemetry.events} order by 1");

@@ -185,6 +185,14 @@ impl Pipeline {
         self.spawn_with(&[("FLOE_FAILPOINT", failpoint)]).wait()
     }
 
+    /// `floe check` to its end.
+    pub fn check(&self) -> Ended {
+        let file = self.config_file();
+        let mut command = self.command();
+        command.arg("check").arg(file);
+        Floe::start(command, self.dir(), 1_000, String::new()).wait()
+    }
+
     fn next_run(&self) -> u32 {
         self.runs.set(self.runs.get() + 1);
         self.runs.get()

@@ -20,10 +20,10 @@ use rdkafka::types::RDKafkaErrorCode as Code;
 
 use super::admin::{self, Spec};
 use super::health::Health;
-use super::native::{Client, Event, PartitionQueue, RecordView, Wake};
+use super::native::{Client, Event, PartitionQueue, Wake};
 use super::{ChunkSettings, refused, settings, unauthorised};
 use crate::batch::{OffsetRange, Ranges, TopicPartition};
-use crate::source::{Chunk, Error, Record};
+use crate::source::{Chunk, Error};
 
 /// How often librdkafka's callbacks are served and positions looked at.
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
@@ -383,7 +383,8 @@ impl Lane {
                         break;
                     }
                     if offset >= slot.next {
-                        push(&mut self.chunk, &record);
+                        let headers = record.headers();
+                        self.chunk.push(offset, record.timestamp_ms(), record.key(), record.value(), headers);
                         slot.next = offset + 1;
                     }
                     self.done = slot.next >= self.end;
@@ -423,29 +424,6 @@ impl Lane {
 
 fn new_chunk(lane: usize, sequence: u64, partition: &TopicPartition) -> Chunk {
     Chunk { lane, sequence, topic: partition.topic.clone(), partition: partition.partition, ..Chunk::default() }
-}
-
-#[inline]
-fn push(chunk: &mut Chunk, record: &RecordView<'_>) {
-    // Both below 2^31: a Kafka record's parts are, and a chunk is sent long before.
-    let begin = chunk.data.len() as u32;
-    let mut copy = |part: Option<&[u8]>| {
-        part.map_or(Record::NONE, |bytes| {
-            chunk.data.extend_from_slice(bytes);
-            bytes.len() as u32
-        })
-    };
-    let (key_len, value_len) = (copy(record.key()), copy(record.value()));
-    if let Some(headers) = record.headers() {
-        chunk.headers.push((chunk.records.len() as u32, headers));
-    }
-    chunk.records.push(Record {
-        offset: record.offset(),
-        timestamp_ms: record.timestamp_ms().unwrap_or(i64::MIN),
-        begin,
-        key_len,
-        value_len,
-    });
 }
 
 fn available(client: &Client, partition: &TopicPartition, committed_only: bool) -> Option<OffsetRange> {
