@@ -34,6 +34,7 @@ pub(super) struct GroupTable {
 }
 
 /// What a table holds, as columns that can be encoded and merged.
+#[derive(Clone)]
 pub(super) struct Partial {
     pub groups: usize,
     pub keys: Vec<ArrayRef>,

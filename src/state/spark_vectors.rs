@@ -13,7 +13,7 @@ use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime};
 use serde_json::{Map, Value};
 
 use super::tests::config;
-use super::{Delta, Lane, StateStore, WindowQuery};
+use super::{ClosedWindow, Delta, Lane, StateStore, WindowQuery};
 use crate::config::TransformConfig;
 use crate::transform::Transform;
 use crate::window::{INITIAL_WATERMARK_MS, advance, closed, runs_without_data};
@@ -257,7 +257,7 @@ impl Pipeline {
     fn recover(&self, durable: &Durable) -> StateStore {
         let mut store = StateStore::new(self.queries.clone());
         for delta in &durable.deltas {
-            store.apply(&delta.bytes, durable.evict_ms).unwrap();
+            store.apply(delta, durable.evict_ms).unwrap();
         }
         store
     }
@@ -282,10 +282,14 @@ impl Pipeline {
         let late_rows = lane.late_rows().iter().sum();
         let delta = store.merge_lanes(vec![lane], evict_ms, 2).map_err(|e| e.to_string())?;
         let mut emitted = Vec::new();
-        for window in store.close(evict_ms) {
-            for batch in window.evaluate().map_err(|e| e.to_string())?.0 {
-                emitted.extend((0..batch.num_rows()).map(|row| show_row(&batch, row)));
-            }
+        for closing in store.close(evict_ms) {
+            let show = |window: ClosedWindow| {
+                for batch in window.evaluate()?.0 {
+                    emitted.extend((0..batch.num_rows()).map(|row| show_row(&batch, row)));
+                }
+                Ok::<_, super::Error>(())
+            };
+            closing.windows(show).map_err(|e| e.to_string())?;
         }
         emitted.sort();
         durable.deltas.retain(|d| d.max_window_end_us.is_some_and(|end| !closed(end, evict_ms)));

@@ -191,7 +191,7 @@ fn every_flipped_byte_is_named() {
             checkpoint.claim().await?;
             let recovered = checkpoint.recover().await?;
             for file in recovered.commit.iter().flat_map(|c| &c.state) {
-                checkpoint.read_state(file).await?;
+                checkpoint.open_state(file, u64::MAX).await?;
             }
             Ok::<_, floe::checkpoint::Error>(recovered)
         })
@@ -210,7 +210,7 @@ fn every_flipped_byte_is_named() {
             fs::write(&file, damaged).unwrap();
             // State files are large: reading the one that is damaged is all that recovery would come to.
             let outcome = match state {
-                Some(state) => runtime.block_on(reader.read_state(state)).map(drop),
+                Some(state) => runtime.block_on(reader.open_state(state, u64::MAX)).map(drop),
                 None => read().map(drop),
             };
             let error = outcome.expect_err(&format!("byte {at} of {name} is flipped")).to_string();
