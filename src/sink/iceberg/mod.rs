@@ -114,7 +114,7 @@ impl IcebergSink {
                 Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
             }
         };
-        let tables = plan::carry_out(catalog.as_ref(), &file_io, pipeline, specs)
+        let tables = plan::carry_out(catalog.as_ref(), pipeline, specs)
             .await?
             .into_iter()
             .zip(specs)
