@@ -175,7 +175,8 @@ impl WindowQuery {
     pub(super) fn filter(&self, batch: &RecordBatch) -> DataFusionResult<(Option<BooleanArray>, u64)> {
         let Some(filter) = &self.filter else { return Ok((None, 0)) };
         let (keep, failed) = sql::evaluate_or_null(filter, batch, &DataType::Boolean)?;
-        let keep = prep_null_mask_filter(keep.as_boolean());
+        let keep = keep.as_boolean();
+        let keep = if keep.null_count() > 0 { prep_null_mask_filter(keep) } else { keep.clone() };
         Ok(((keep.true_count() < keep.len()).then_some(keep), failed))
     }
 
