@@ -298,16 +298,14 @@ async fn state_of_another_length_and_missing_state_are_named() {
     let folder = tempfile::tempdir().unwrap();
     for location in [memory(), local(folder.path())] {
         let checkpoint = Checkpoint::open(location.clone(), "p").await.unwrap();
-        let state =
-            checkpoint.put_state(5, Uuid::new_v4(), StateKind::Delta, b"abc".to_vec(), 0, None).await.unwrap();
+        let state = checkpoint.put_state(5, Uuid::new_v4(), StateKind::Delta, b"abc".to_vec(), 0, None).await.unwrap();
         let named = |result: Result<(), Error>, says: &str| {
             let error = result.unwrap_err();
             let text = error.to_string();
             assert!(text.contains(says) && text.contains(&state.name) && text.contains("batch 5"), "{text}");
             assert_eq!(error.kind(), Kind::Fatal);
         };
-        for (damage, says) in
-            [(&b"ab"[..], "has 2 bytes instead of 3"), (b"abcd", "has 4 bytes"), (b"", "has 0 bytes")]
+        for (damage, says) in [(&b"ab"[..], "has 2 bytes instead of 3"), (b"abcd", "has 4 bytes"), (b"", "has 0 bytes")]
         {
             overwrite(&location, &state.name, damage).await;
             named(checkpoint.open_state(&state, 2).await.map(drop), says);

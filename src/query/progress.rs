@@ -8,7 +8,8 @@ use crate::checkpoint::CommitEntry;
 use crate::source::Available;
 use crate::state::StateStore;
 use crate::telemetry::{
-    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator, TableProgress,
+    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator,
+    TableProgress,
 };
 
 impl Session {

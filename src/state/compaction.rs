@@ -62,7 +62,8 @@ impl StateStore {
 
     /// The compaction that is due after batch `batch` is committed, if one is.
     pub fn compaction(&self, batch: BatchId, evict_ms: i64) -> Option<Compaction> {
-        let bytes = |runs| self.files.iter().map(|f| &f.file).filter(|f| f.is_run() == runs).map(|f| f.bytes).sum::<u64>();
+        let bytes =
+            |runs| self.files.iter().map(|f| &f.file).filter(|f| f.is_run() == runs).map(|f| f.bytes).sum::<u64>();
         let deltas = self.deltas();
         let due = deltas >= MANY_DELTAS || deltas >= FEW_DELTAS && 2 * bytes(false) >= bytes(true);
         if due { self.compaction_of_all(batch, evict_ms) } else { None }

@@ -255,7 +255,8 @@ impl Sections {
     pub fn new(query: &WindowQuery, file: &str, entry: Entry, bytes: Bytes) -> Result<Sections, Error> {
         let computed = crc32fast::hash(&bytes);
         if bytes.len() as u64 != entry.length || computed != entry.crc32 {
-            let problem = format!("the checksum of {} does not match (computed {computed:08x})", entry.unit.show(query));
+            let problem =
+                format!("the checksum of {} does not match (computed {computed:08x})", entry.unit.show(query));
             return Err(Error::Damaged { file: file.to_string(), problem });
         }
         Ok(Sections { entry, bytes })
@@ -285,8 +286,9 @@ impl Sections {
             let header = message.header_as_record_batch().ok_or_else(|| wrong("it is no record batch".into()))?;
             let body = data.slice_with_length(data_at, data_len as usize);
             let schema = Arc::clone(query.state_schema());
-            let batch: RecordBatch = read_record_batch(&body, header, schema, &HashMap::new(), None, &message.version())
-                .map_err(|e| wrong(e.to_string()))?;
+            let batch: RecordBatch =
+                read_record_batch(&body, header, schema, &HashMap::new(), None, &message.version())
+                    .map_err(|e| wrong(e.to_string()))?;
             let (keys, states) = batch.columns().split_at(query.key_schema().fields().len());
             each(Partial { groups: batch.num_rows(), keys: keys.to_vec(), states: states.to_vec() })?;
             at = end.next_multiple_of(ALIGN);

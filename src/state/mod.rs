@@ -15,6 +15,7 @@ mod compaction;
 mod file;
 mod groups;
 mod lane;
+mod late;
 mod query;
 mod residence;
 mod shard;
@@ -33,7 +34,7 @@ use arrow::array::{ArrayRef, AsArray};
 
 use crate::checkpoint::StateFile;
 use crate::error::Kind;
-use crate::window::{closed, window_end};
+use crate::window::closed;
 use closed::{Content, StoredWindow};
 use groups::{GroupTable, Partial};
 use shard::Shard;
@@ -41,8 +42,9 @@ use shard::Shard;
 pub use closed::{ClosedWindow, Closing};
 pub use compaction::{Compacted, Compaction};
 pub use lane::Lane;
+pub use late::LateRows;
 pub use query::WindowQuery;
-pub use stored::{LiveFile, Reader};
+pub use stored::{LiveFile, Reader, StoredWindowStats, open_windows};
 
 /// A partial of more groups is split by a hash of the key when it is written. Tests have few groups and split nevertheless.
 const SECTION_GROUPS: u64 = if cfg!(test) { 16 } else { 16 * 1024 };
@@ -53,7 +55,7 @@ pub enum Error {
     Damaged { file: String, problem: String },
     #[error(
         "state file {file} was written for other windows (fingerprint {found:08x}, this configuration has {expected:08x}): size, \
-         group_by or aggregates of [[windows]] have changed; undo the change or start over with a new checkpoint"
+         slide, start, time_zone, filter, group_by or aggregates of [[windows]] have changed; undo the change or start over with a new checkpoint"
     )]
     OtherQueries { file: String, found: u32, expected: u32 },
     #[error("window table {table}: its state cannot be read, though its checksum is right: {what}; report this")]
@@ -200,7 +202,7 @@ impl StateStore {
         }
         let mut tasks = Vec::with_capacity(touched.len());
         for (unit, lanes) in touched {
-            let end_us = window_end(unit.key, query_of(&self.queries, unit)?.size_us());
+            let end_us = query_of(&self.queries, unit)?.windowing().end(unit.key);
             tasks.push(Task { unit, end_us, window: self.open.remove(&unit), lanes });
         }
         let (queries, clock) = (self.queries.clone(), self.clock);
@@ -222,8 +224,10 @@ impl StateStore {
         for unit in done {
             let Some(Window { end_us, groups, .. }) = self.open.remove(&unit) else { continue };
             match groups {
-                Groups::Resident(table) => closing
-                    .push(Closing { queries: self.queries.clone(), content: Content::Resident { unit, end_us, table } }),
+                Groups::Resident(table) => closing.push(Closing {
+                    queries: self.queries.clone(),
+                    content: Content::Resident { unit, end_us, table },
+                }),
                 Groups::Stored(lanes) => drop(stored.insert(unit, StoredWindow { unit, end_us, lanes })),
             }
         }

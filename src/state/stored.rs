@@ -108,9 +108,7 @@ impl Reader {
         span: &Span,
     ) -> Result<BTreeMap<Unit, Pieces>, Error> {
         let (Some(first), Some(last)) = (span.units.first(), span.units.last()) else { return Ok(BTreeMap::new()) };
-        let wanted = |entry: &&Entry| {
-            span.shard.overlaps(entry.shard) && span.units.binary_search(&entry.unit).is_ok()
-        };
+        let wanted = |entry: &&Entry| span.shard.overlaps(entry.shard) && span.units.binary_search(&entry.unit).is_ok();
         let reads = files.iter().enumerate().filter_map(|(number, live)| {
             let entries: Vec<Entry> = live.index.between(*first, *last).iter().filter(wanted).copied().collect();
             (!entries.is_empty()).then_some(async move {
@@ -171,6 +169,32 @@ pub(super) fn extents(files: &[LiveFile], evict_ms: i64) -> BTreeMap<Unit, Exten
     extents
 }
 
+/// An open window as the files have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredWindowStats {
+    /// Index in `[[windows]]`.
+    pub query: usize,
+    pub start_us: i64,
+    pub end_us: i64,
+    /// At most: files may have groups in common.
+    pub groups: u64,
+    pub bytes: u64,
+    pub files: u64,
+}
+
+/// Every window that is open, by query and start.
+pub fn open_windows(files: &[LiveFile], evict_ms: i64) -> Vec<StoredWindowStats> {
+    let stats = |(unit, extent): (Unit, Extent)| StoredWindowStats {
+        query: unit.query as usize,
+        start_us: unit.key,
+        end_us: extent.end_us,
+        groups: extent.groups,
+        bytes: extent.bytes,
+        files: files.iter().filter(|f| !f.index.between(unit, unit).is_empty()).count() as u64,
+    };
+    extents(files, evict_ms).into_iter().map(stats).collect()
+}
+
 /// Cuts units, which come in order with their bytes, into spans of about `share` bytes.
 pub(super) fn spans(units: impl IntoIterator<Item = (Unit, u64)>, share: u64) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
@@ -183,7 +207,8 @@ pub(super) fn spans(units: impl IntoIterator<Item = (Unit, u64)>, share: u64) ->
         }
         match spans.last_mut() {
             Some(span)
-                if filled.saturating_add(bytes) <= share && span.units.last().is_some_and(|u| u.query == unit.query) =>
+                if filled.saturating_add(bytes) <= share
+                    && span.units.last().is_some_and(|u| u.query == unit.query) =>
             {
                 span.units.push(unit);
                 filled += bytes;
@@ -223,9 +248,12 @@ mod tests {
 
     #[test]
     fn small_units_are_read_together_and_large_ones_in_shards() {
-        let units = [(unit(0, 1), 4), (unit(0, 2), 5), (unit(0, 3), 2), (unit(0, 4), 25), (unit(0, 5), 1), (unit(1, 0), 1)];
-        let cut: Vec<_> =
-            spans(units, 10).into_iter().map(|s| (s.units.iter().map(|u| u.key).collect::<Vec<_>>(), s.shard)).collect();
+        let units =
+            [(unit(0, 1), 4), (unit(0, 2), 5), (unit(0, 3), 2), (unit(0, 4), 25), (unit(0, 5), 1), (unit(1, 0), 1)];
+        let cut: Vec<_> = spans(units, 10)
+            .into_iter()
+            .map(|s| (s.units.iter().map(|u| u.key).collect::<Vec<_>>(), s.shard))
+            .collect();
         let quarter = |prefix| Shard { bits: 2, prefix };
         let mut expected = vec![(vec![1, 2], Shard::WHOLE), (vec![3], Shard::WHOLE)];
         expected.extend((0..4).map(|p| (vec![4], quarter(p))));

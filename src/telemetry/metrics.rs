@@ -78,7 +78,12 @@ const METRICS: [(&str, Type, Unit, &str); 34] = [
     (BREAKER_OPEN, Gauge, Unit::Count, "1 while a batch is held back because too many of its records are refused."),
     (DEAD_LETTERS, Counter, Unit::Count, "Records refused, by reason."),
     (LATE_ROWS, Counter, Unit::Count, "Rows behind the watermark, by the window table that left them out."),
-    (STATE_GROUPS, Gauge, Unit::Count, "Open groups (window and key) of a window table; at most so many where windows are in the checkpoint only."),
+    (
+        STATE_GROUPS,
+        Gauge,
+        Unit::Count,
+        "Open groups (window and key) of a window table; at most so many where windows are in the checkpoint only.",
+    ),
     (STATE_WINDOWS, Gauge, Unit::Count, "Open windows of a window table."),
     (STATE_BYTES, Gauge, Unit::Bytes, "Memory held by the open windows of a window table."),
     (STATE_STORED_WINDOWS, Gauge, Unit::Count, "Open windows of a window table that are in the checkpoint only."),
@@ -129,7 +134,17 @@ pub(super) fn install() -> PrometheusHandle {
 /// Everything whose labels are known beforehand starts at 0: a rate needs a value to start from.
 pub(super) fn register() {
     gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    for total in [BATCHES, OFFSETS, RECORDS, MISSING_OFFSETS, FILTERED, DROPPED, RETRIES, STATE_COMPACTIONS, STATE_COMPACTED_BYTES] {
+    for total in [
+        BATCHES,
+        OFFSETS,
+        RECORDS,
+        MISSING_OFFSETS,
+        FILTERED,
+        DROPPED,
+        RETRIES,
+        STATE_COMPACTIONS,
+        STATE_COMPACTED_BYTES,
+    ] {
         counter!(total).increment(0);
     }
     gauge!(BREAKER_OPEN).set(0.0);

@@ -20,8 +20,8 @@ use uuid::Uuid;
 pub use self::http::serve;
 pub use self::logs::{init_logs, init_logs_at};
 pub use self::progress::{
-    BatchProgress, Counts, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator, TableProgress,
-    rfc3339,
+    BatchProgress, Counts, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator,
+    TableProgress, rfc3339,
 };
 use crate::batch::TopicPartition;
 use crate::clock::{self, ClockMs};
