@@ -18,13 +18,20 @@ const EXCEPTIONS: [(&str, &str); 3] = [
     ("append__sum_overflow_in_batch_legacy", "the sum wraps; Floe's is null and leaves a dead letter"),
 ];
 
-/// By kind: how many there are, how many passed, and of the others how many by reason.
+/// What Floe cannot do yet.
+fn not_yet(name: &str, vector: &Value) -> Option<&'static str> {
+    if vector["spec"]["output_mode"] != "append" {
+        return Some("output mode update");
+    }
+    name.starts_with("append__decimal_aggregates").then_some("sums and averages of decimals")
+}
+
+/// By kind: how many there are, how many passed, and of the others how many are left out, by reason.
 #[derive(Default)]
 struct Count {
     all: usize,
     passed: usize,
-    not_yet: usize,
-    exceptions: usize,
+    left_out: BTreeMap<&'static str, usize>,
 }
 
 #[test]
@@ -53,9 +60,9 @@ fn spark_vectors() {
         let vector: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         if let Some((_, reason)) = EXCEPTIONS.iter().find(|(exception, _)| *exception == name) {
             writeln!(out, "exception {name}: {reason}").unwrap();
-            count.exceptions += 1;
-        } else if vector["spec"]["output_mode"] != "append" {
-            count.not_yet += 1;
+            *count.left_out.entry("other than Spark on purpose").or_default() += 1;
+        } else if let Some(reason) = not_yet(&name, &vector) {
+            *count.left_out.entry(reason).or_default() += 1;
         } else {
             match replay::replay(&vector, false).and_then(|()| replay::replay(&vector, true)) {
                 Ok(()) => count.passed += 1,
@@ -64,14 +71,10 @@ fn spark_vectors() {
         }
     }
     for (kind, count) in &counts {
-        write!(out, "{kind}: {} of {} passed", count.passed, count.all).unwrap();
-        if count.not_yet > 0 {
-            write!(out, ", {} skipped: output mode update", count.not_yet).unwrap();
+        writeln!(out, "{kind}: {} of {} passed", count.passed, count.all).unwrap();
+        for (reason, left_out) in &count.left_out {
+            writeln!(out, "{kind}: {left_out} left out: {reason}").unwrap();
         }
-        if count.exceptions > 0 {
-            write!(out, ", {} exceptions", count.exceptions).unwrap();
-        }
-        writeln!(out).unwrap();
     }
     assert!(counts.values().any(|c| c.passed > 0), "no vectors in {}", folder.display());
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
