@@ -165,6 +165,9 @@ impl Output<'_> {
         let mut table = GroupTable::new(query).map_err(|e| query.error(&e))?;
         stored::merge(query, &mut table, pieces, shard)?;
         let end_us = sections.entry.end_us;
+        if table.groups() == 0 {
+            return Ok(());
+        }
         let partial = table.into_partial(query).map_err(|e| query.error(&e))?;
         for (shard, partial) in shard::split(query, partial, shard, SECTION_GROUPS).map_err(|e| query.error(&e))? {
             self.builder.push(&Section::encode(query, unit, shard, end_us, &partial)?);

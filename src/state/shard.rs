@@ -56,8 +56,12 @@ pub(super) fn hashes(query: &WindowQuery, keys: &[ArrayRef]) -> Result<Vec<u16>>
 
 /// The groups that are in the shard, in their order.
 pub(super) fn filter(query: &WindowQuery, partial: Partial, shard: Shard) -> Result<Partial> {
-    if shard == Shard::WHOLE || partial.keys.is_empty() {
+    if shard == Shard::WHOLE {
         return Ok(partial);
+    }
+    // Without keys there is one group, and it is in one shard only.
+    if partial.keys.is_empty() {
+        return if shard.prefix == 0 { Ok(partial) } else { gather(&partial, Vec::new()) };
     }
     let hashes = hashes(query, &partial.keys)?;
     let indices = hashes.iter().enumerate().filter(|(_, hash)| shard.holds(**hash)).map(|(i, _)| i as u32);

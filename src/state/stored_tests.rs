@@ -84,8 +84,12 @@ impl Disk {
     }
 }
 
-fn two_queries() -> Arc<[WindowQuery]> {
-    queries(&[config(MINUTE as u64, &["device"], &ALL), config(4 * MINUTE as u64, &["b", "device"], &ALL[2..])])
+fn three_queries() -> Arc<[WindowQuery]> {
+    queries(&[
+        config(MINUTE as u64, &["device"], &ALL),
+        config(4 * MINUTE as u64, &["b", "device"], &ALL[2..]),
+        config(12 * MINUTE as u64, &[], &ALL[1..]),
+    ])
 }
 
 const END: i64 = i64::MAX / 1000 + 1;
@@ -108,7 +112,7 @@ proptest! {
         // 0: no; 1: taken over at once; 2: taken over one batch later.
         compactions in proptest::collection::vec(0u8..3, 9),
     ) {
-        let queries = two_queries();
+        let queries = three_queries();
         let mut memory = StateStore::new(queries.clone());
         let mut disk = Disk::new(queries.clone());
         let mut store = disk.recover(budgets[0]).unwrap();
