@@ -127,17 +127,17 @@ impl Bench {
     /// Aggregates a batch and makes it durable.
     fn batch(&mut self, store: &mut StateStore, rows: &[RecordBatch]) -> Duration {
         let begin = Instant::now();
-        let lanes = std::thread::scope(|scope| {
-            let lane = |worker: usize| {
-                let lane = move |rows: &RecordBatch| {
-                    let mut lane = Lane::new(self.queries.clone(), 0, 0);
-                    lane.update(rows).unwrap();
-                    lane
-                };
-                rows.iter().skip(worker * rows.len() / WORKERS).take(rows.len() / WORKERS).map(lane).collect::<Vec<_>>()
-            };
-            let workers: Vec<_> = (0..WORKERS).map(|worker| scope.spawn(move || lane(worker))).collect();
-            workers.into_iter().flat_map(|w| w.join().unwrap()).collect::<Vec<Lane>>()
+        let queries = &self.queries;
+        let lane = |rows: &RecordBatch| {
+            let mut lane = Lane::new(queries.clone(), 0, 0);
+            lane.update(rows).unwrap();
+            lane
+        };
+        let lanes: Vec<Lane> = std::thread::scope(|scope| {
+            let work = |part: &[RecordBatch]| part.iter().map(lane).collect::<Vec<Lane>>();
+            let workers: Vec<_> =
+                rows.chunks(rows.len().div_ceil(WORKERS)).map(|part| scope.spawn(move || work(part))).collect();
+            workers.into_iter().flat_map(|w| w.join().unwrap()).collect()
         });
         let mut delta = store.merge_lanes(lanes, 0, WORKERS).unwrap();
         assert!(store.close(0).is_empty());
