@@ -32,6 +32,7 @@ pub use registry::RegistryConfig;
 use crate::batch::Offsets;
 use crate::schema::Schema;
 use crate::trigger::Trigger;
+use crate::window::watermark::WatermarkPolicy;
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -225,6 +226,7 @@ pub struct BreakerConfig {
 pub struct EventTimeConfig {
     pub column: String,
     pub watermark_delay: Duration,
+    pub policy: WatermarkPolicy,
     /// Timestamps further ahead of the trigger time than this become dead letters. None: no guard.
     pub max_future: Option<Duration>,
 }
