@@ -109,6 +109,8 @@ pub struct QueryStats {
     pub groups: u64,
     /// In memory.
     pub bytes: u64,
+    /// Where its first open window ends: the next one to close.
+    pub next_end_us: Option<i64>,
 }
 
 /// What is open, by query in the order of `[[windows]]`, and the files that hold it.
@@ -263,6 +265,7 @@ impl StateStore {
         for (unit, window) in &self.open {
             let Some(stats) = queries.get_mut(unit.query as usize) else { continue };
             stats.open_windows += 1;
+            stats.next_end_us = Some(stats.next_end_us.map_or(window.end_us, |end| end.min(window.end_us)));
             match &window.groups {
                 Groups::Resident(table) => {
                     stats.groups += table.groups() as u64;
