@@ -4,6 +4,7 @@
 pub mod check;
 pub mod demo;
 pub mod dlq;
+pub mod maintain;
 pub mod resume;
 pub mod run;
 
@@ -35,6 +36,14 @@ enum Command {
     Check(File),
     /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
     Resume(File),
+    /// Expire snapshots, compact small files and remove orphans of a pipeline's tables, once, and say what was done.
+    Maintain {
+        #[command(flatten)]
+        file: File,
+        /// Only say what there is to do.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
@@ -97,6 +106,18 @@ impl Cli {
                 writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Maintain { file: File { file }, dry_run } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let reports = maintain::maintain(&load(&file)?, dry_run).await?;
+                let mut out = std::io::stdout();
+                for report in &reports {
+                    writeln!(out, "{report}").map_err(|e| Error::Other(e.to_string()))?;
+                }
+                match reports.iter().filter(|r| !r.errors.is_empty()).count() {
+                    0 => Ok(ExitCode::SUCCESS),
+                    n => Err(Error::Other(format!("maintenance of {n} of {} tables failed", reports.len()))),
+                }
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -127,6 +148,7 @@ mod tests {
             ("floe run pipeline.toml", true),
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
+            ("floe maintain pipeline.toml --dry-run", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             (

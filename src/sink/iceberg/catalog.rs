@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use iceberg::TableCreation;
-use iceberg::spec::TableMetadata;
+use iceberg::spec::{TableMetadata, TableMetadataBuilder};
 
 use crate::sink::Error;
 
@@ -49,6 +49,18 @@ pub struct TableChange {
     pub table: TableName,
     pub base: LoadedTable,
     pub metadata: TableMetadata,
+}
+
+impl TableChange {
+    pub fn new(
+        table: &TableName,
+        base: &LoadedTable,
+        change: impl FnOnce(TableMetadataBuilder) -> iceberg::Result<TableMetadataBuilder>,
+    ) -> iceberg::Result<TableChange> {
+        let builder = base.metadata.as_ref().clone().into_builder(Some(base.metadata_location.clone()));
+        let built = change(builder)?.build()?;
+        Ok(TableChange { table: table.clone(), base: base.clone(), metadata: built.metadata })
+    }
 }
 
 #[derive(Debug)]

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
+use iceberg::io::FileIO;
 use iceberg::spec::{
     DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestListWriter, ManifestWriterBuilder, Operation,
     Snapshot, SnapshotRef, SnapshotSummaryCollector, Summary, TableMetadata,
@@ -168,12 +169,7 @@ impl Inner {
 
     /// The snapshot that a batch of this query has added.
     fn snapshot_of<'a>(&self, metadata: &'a TableMetadata, batch: BatchId) -> Option<&'a SnapshotRef> {
-        let is_it = |snapshot: &&SnapshotRef| {
-            let json = snapshot.summary().additional_properties.get(&self.marker_property);
-            json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
-        };
-        // Nearly always it is the newest one.
-        metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
+        snapshot_of(metadata, &self.marker_property, batch)
     }
 
     /// Writes manifest and manifest list, if there are files, and makes the table's next metadata.
@@ -285,8 +281,7 @@ impl Inner {
     }
 
     async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
-        let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
-        ManifestList::parse_with_version(&bytes, metadata.format_version())
+        manifest_list(&self.file_io, metadata, snapshot).await
     }
 
     pub(super) async fn remove_failed_attempts(&self, batch: BatchId) -> Result<u64, Error> {
@@ -336,14 +331,46 @@ impl Inner {
 
     /// Best effort: files of an attempt that certainly was not committed.
     pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
-        futures::stream::iter(written)
-            .for_each_concurrent(4, |location| async move {
-                if let Err(error) = self.file_io.delete(&location).await {
-                    tracing::debug!(location, %error, "could not delete an unused manifest");
-                }
-            })
-            .await;
+        delete_all(&self.file_io, written.collect()).await;
     }
+}
+
+/// The snapshot that a batch has added, of the query whose marker is the property.
+pub(super) fn snapshot_of<'a>(metadata: &'a TableMetadata, property: &str, batch: BatchId) -> Option<&'a SnapshotRef> {
+    let is_it = |snapshot: &&SnapshotRef| {
+        let json = snapshot.summary().additional_properties.get(property);
+        json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
+    };
+    // Nearly always it is the newest one.
+    metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
+}
+
+pub(super) async fn manifest_list(
+    file_io: &FileIO,
+    metadata: &TableMetadata,
+    snapshot: &Snapshot,
+) -> iceberg::Result<ManifestList> {
+    let bytes = file_io.new_input(snapshot.manifest_list())?.read().await?;
+    ManifestList::parse_with_version(&bytes, metadata.format_version())
+}
+
+/// Best effort: files that certainly nothing references. Returns how many are gone.
+pub(super) async fn delete_all(file_io: &FileIO, locations: Vec<String>) -> u64 {
+    let delete = |location: String| {
+        let file_io = file_io.clone();
+        async move {
+            match file_io.delete(&location).await {
+                Ok(()) => 1,
+                Err(error) => {
+                    tracing::debug!(location, %error, "could not delete a file that is not needed");
+                    0
+                }
+            }
+        }
+    };
+    let deleting: Vec<_> = locations.into_iter().map(delete).collect();
+    let gone: Vec<u64> = futures::stream::iter(deleting).buffer_unordered(8).collect().await;
+    gone.into_iter().sum()
 }
 
 struct Staged {

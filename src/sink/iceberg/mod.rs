@@ -10,6 +10,7 @@ mod commit;
 mod evolution;
 mod files;
 mod layout;
+mod maintenance;
 mod manifests;
 mod metadata;
 mod plan;
@@ -39,6 +40,7 @@ use crate::sink::Error;
 pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
 pub use self::evolution::Change;
 pub use self::files::TableWriter;
+pub use self::maintenance::{Maintainer, Round, TableReport};
 pub use self::plan::{TablePlan, TableStep};
 pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
@@ -165,6 +167,13 @@ impl IcebergSink {
     /// Step 5 of the protocol. Safe to call again with the same batch: what is there is left alone.
     pub async fn commit(&self, commit: &BatchCommit) -> Result<Committed, Error> {
         self.0.commit(commit).await
+    }
+
+    /// What keeps the tables of this query small and fast.
+    pub fn maintainer(&self) -> Maintainer {
+        let inner = &self.0;
+        let tables = inner.tables.iter().map(|table| table.name.clone()).collect();
+        Maintainer::new(inner.catalog.clone(), inner.storage.clone(), tables)
     }
 
     /// Best effort: deletes the data files of an attempt that will not be committed.
