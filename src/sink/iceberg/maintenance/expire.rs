@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use iceberg::spec::{SnapshotReference, SnapshotRetention, SnapshotRef, TableMetadata};
+use iceberg::spec::{SnapshotRef, SnapshotReference, SnapshotRetention, TableMetadata};
 use uuid::Uuid;
 
 use super::reach::Reach;

@@ -1,0 +1,190 @@
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::time::Duration;
+
+use super::*;
+use crate::sink::iceberg::tests::{Fixture, batch_commit, events, metadata, offsets, spec, write};
+use crate::sink::iceberg::{IcebergSink, TableSpec};
+
+const HOUR_US: i64 = 3_600_000_000;
+
+fn policy() -> MaintenanceConfig {
+    MaintenanceConfig {
+        enabled: true,
+        interval: Duration::from_secs(600),
+        time_budget: Duration::from_secs(60),
+        max_snapshot_age: Duration::from_secs(5 * 86_400),
+        max_snapshots: 3,
+        compact_min_files: 20,
+        compact_after: Duration::from_secs(3_600),
+        orphan_grace: Duration::from_secs(3 * 86_400),
+    }
+}
+
+fn round(policy: MaintenanceConfig) -> Round {
+    Round { readers_grace: Duration::ZERO, ..Round::new(policy, true) }
+}
+
+/// Only expires: no partition has files enough to be compacted.
+async fn maintain(sink: &IcebergSink, round: &Round) -> TableReport {
+    let report = sink.maintainer().run(round).await.remove(0);
+    assert!(report.errors.is_empty(), "{report:?}");
+    report
+}
+
+async fn append(sink: &IcebergSink, batches: std::ops::Range<u64>) {
+    for batch in batches {
+        let files = vec![write(sink, 0, batch, vec![events(batch as i64 * 10, 10, HOUR_US / 60)]).await];
+        sink.commit(&batch_commit(sink, batch, files).await).await.unwrap();
+    }
+}
+
+async fn all_offsets(sink: &IcebergSink) -> Vec<i64> {
+    offsets(sink.pin(0).await.unwrap().scan(&["_kafka_offset"], None, 100).await.unwrap()).await
+}
+
+fn listed(fixture: &Fixture) -> BTreeSet<String> {
+    fn walk(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { walk(&path, found) } else { found.extend(path.to_str().map(String::from)) };
+        }
+    }
+    let mut found = BTreeSet::new();
+    walk(&fixture.dir.path().join("warehouse"), &mut found);
+    found
+}
+
+/// Every file that the table's snapshots need, as paths; reading them is the proof that they are there.
+async fn reachable(sink: &IcebergSink) -> BTreeSet<String> {
+    let metadata = metadata(sink, 0).await;
+    let io = sink.0.file_io.clone();
+    let mut found: BTreeSet<String> = metadata.metadata_log().iter().map(|m| m.metadata_file.clone()).collect();
+    found.extend(sink.0.load_all().await.unwrap().iter().map(|l| l.metadata_location.clone()));
+    for snapshot in metadata.snapshots() {
+        found.insert(snapshot.manifest_list().to_string());
+        for manifest in sink.0.manifests(&metadata, snapshot).await.unwrap().entries() {
+            found.insert(manifest.manifest_path.clone());
+            for entry in manifest.load_manifest(&io).await.unwrap().entries().iter().filter(|e| e.is_alive()) {
+                assert!(io.exists(entry.file_path()).await.unwrap(), "{}", entry.file_path());
+                found.insert(entry.file_path().to_string());
+            }
+        }
+    }
+    found.into_iter().map(|location| location.trim_start_matches("file://").to_string()).collect()
+}
+
+/// Nothing is missing and nothing is left over.
+async fn tidy(fixture: &Fixture, sink: &IcebergSink) {
+    let (listed, reachable) = (listed(fixture), reachable(sink).await);
+    assert_eq!(listed.difference(&reachable).collect::<Vec<_>>(), Vec::<&String>::new(), "left over");
+    assert_eq!(reachable.difference(&listed).collect::<Vec<_>>(), Vec::<&String>::new(), "missing");
+}
+
+fn merging(name: &str) -> TableSpec {
+    let properties = HashMap::from([("commit.manifest.min-count-to-merge".to_string(), "3".to_string())]);
+    TableSpec { properties: properties.into_iter().collect(), ..spec(name, &[]) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_expire_by_count_with_the_files_that_only_they_needed() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[merging("t.events")]).await.unwrap();
+    append(&sink, 0..10).await;
+    let dry = maintain(&sink, &round(policy()).dry()).await;
+    assert_eq!(metadata(&sink, 0).await.snapshots().len(), 10);
+    let report = maintain(&sink, &round(policy())).await;
+    assert_eq!((report.snapshots_expired, dry.snapshots_expired), (7, 7));
+    // Seven manifest lists, and the manifests that have been merged.
+    assert!(report.files_expired > 7 && report.files_expired == dry.files_expired, "{report:?} {dry:?}");
+    assert_eq!(metadata(&sink, 0).await.snapshots().len(), 3);
+    assert_eq!(all_offsets(&sink).await, (0..100).collect::<Vec<_>>());
+    tidy(&fixture, &sink).await;
+    let again = maintain(&sink, &round(policy())).await;
+    assert_eq!(again, TableReport { table: "t.events".into(), ..TableReport::default() });
+    // The markers are as they were, so the query goes on, and another batch merges what there is.
+    append(&sink, 10..14).await;
+    maintain(&sink, &round(policy())).await;
+    assert_eq!(all_offsets(&sink).await, (0..140).collect::<Vec<_>>());
+    tidy(&fixture, &sink).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_table_says_about_its_history_goes_first() {
+    let fixture = Fixture::new();
+    for (properties, kept) in [
+        (vec![("history.expire.max-snapshot-age-ms", "86400000")], 8),
+        (vec![("history.expire.max-snapshot-age-ms", "1")], 1),
+        (vec![("history.expire.max-snapshot-age-ms", "1"), ("history.expire.min-snapshots-to-keep", "4")], 4),
+        (vec![("gc.enabled", "false")], 8),
+        (vec![], 3),
+    ] {
+        let name = format!("t.events_{}", uuid::Uuid::new_v4().simple());
+        let map = properties.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let sink = fixture.open(&[TableSpec { properties: map, ..spec(&name, &[]) }]).await.unwrap();
+        append(&sink, 0..8).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        maintain(&sink, &round(policy())).await;
+        assert_eq!(metadata(&sink, 0).await.snapshots().len(), kept, "{properties:?}");
+    }
+}
+
+/// Changes a table as another program would.
+async fn change(
+    sink: &IcebergSink,
+    change: impl FnOnce(iceberg::spec::TableMetadataBuilder) -> iceberg::Result<iceberg::spec::TableMetadataBuilder>,
+) {
+    let name = sink.0.tables[0].name.clone();
+    let loaded = sink.0.catalog.load(&name).await.unwrap().unwrap();
+    let change = crate::sink::iceberg::catalog::TableChange::new(&name, &loaded, change).unwrap();
+    sink.0.catalog.commit(&[change]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn branches_tags_and_what_others_have_made_stay() {
+    use iceberg::spec::{SnapshotReference, SnapshotRetention};
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[merging("t.events")]).await.unwrap();
+    append(&sink, 0..3).await;
+    let tagged = metadata(&sink, 0).await.current_snapshot_id().unwrap();
+    let tag = SnapshotReference::new(tagged, SnapshotRetention::Tag { max_ref_age_ms: None });
+    change(&sink, |builder| builder.set_ref("audit", tag)).await;
+    // Another program's: its summary names no query.
+    let files = write(&sink, 0, 77, vec![events(1000, 5, 1)]).await;
+    let pinned = sink.pin(0).await.unwrap();
+    sink.append(0, &pinned, &files, &BTreeMap::new()).await.unwrap();
+    let foreign = metadata(&sink, 0).await.current_snapshot_id().unwrap();
+    append(&sink, 3..10).await;
+    // Another query's newest batch, which may still have dead letters to publish.
+    let other = fixture.another_query(&[merging("t.events")]).await;
+    append(&other, 0..2).await;
+    let newest = metadata(&sink, 0).await.current_snapshot_id().unwrap();
+    append(&sink, 10..20).await;
+
+    let report = maintain(&sink, &round(policy())).await;
+    let after = metadata(&sink, 0).await;
+    let kept: BTreeSet<i64> = after.snapshots().map(|s| s.snapshot_id()).collect();
+    assert!([tagged, foreign, newest].iter().all(|id| kept.contains(id)), "{kept:?}");
+    assert_eq!((kept.len(), report.snapshots_expired), (6, 17));
+    tidy(&fixture, &sink).await;
+    // Time travel to the tag.
+    let pinned = sink.pin(0).await.unwrap();
+    let rows = pinned.scan_added_by(tagged, &["_kafka_offset"], 100).await.unwrap().unwrap();
+    assert_eq!(offsets(rows).await, (20..30).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_readers_may_still_have_in_hand_stay() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    append(&sink, 0..2).await;
+    // All rows are replaced, as by an engine that overwrites the table.
+    let before = fixture.data_files("t.events").len();
+    change(&sink, |builder| Ok(builder.remove_ref("main"))).await;
+    append(&sink, 2..8).await;
+    let expiring = MaintenanceConfig { max_snapshot_age: Duration::from_millis(1), ..policy() };
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let unhurried = Round { readers_grace: Duration::from_secs(300), ..round(expiring) };
+    maintain(&sink, &unhurried).await;
+    assert_eq!(fixture.data_files("t.events").len(), before + 6);
+}
