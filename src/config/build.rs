@@ -431,7 +431,8 @@ fn maintenance(r: &mut Reader<'_>) -> MaintenanceConfig {
     let batch = r.duration("deadlines.add_batch").unwrap_or_default();
     let shortest = SHORTEST_ORPHAN_GRACE.max(batch.saturating_mul(2));
     if orphan_grace < shortest && !orphan_grace.is_zero() {
-        let problem = format!("found {orphan_grace:?}, allowed is {shortest:?} or more: an hour, and twice deadlines.add_batch");
+        let problem =
+            format!("found {orphan_grace:?}, allowed is {shortest:?} or more: an hour, and twice deadlines.add_batch");
         r.error("maintenance.orphan_grace", problem);
     }
     let mut count = |name: &str, least: u64| {

@@ -53,8 +53,11 @@ pub const MAINTENANCE_DURATION: &str = "floe_maintenance_duration_seconds";
 pub const MAINTENANCE_FAILURES: &str = "floe_maintenance_failures_total";
 pub const SNAPSHOTS_EXPIRED: &str = "floe_maintenance_snapshots_expired_total";
 pub const FILES_EXPIRED: &str = "floe_maintenance_files_expired_total";
+pub const FILES_COMPACTED: &str = "floe_maintenance_files_compacted_total";
+pub const BYTES_COMPACTED: &str = "floe_maintenance_bytes_compacted_total";
+pub const ORPHANS_REMOVED: &str = "floe_maintenance_orphans_removed_total";
 
-const METRICS: [(&str, Type, Unit, &str); 33] = [
+const METRICS: [(&str, Type, Unit, &str); 36] = [
     (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
     (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
     (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
@@ -90,9 +93,17 @@ const METRICS: [(&str, Type, Unit, &str); 33] = [
     (RETRIES, Counter, Unit::Count, "Attempts that failed and were tried again."),
     (ERRORS, Counter, Unit::Count, "Errors by kind: transient, indeterminate, fatal."),
     (MAINTENANCE_DURATION, Histogram, Unit::Seconds, "Time that a round of maintenance took, over all tables."),
-    (MAINTENANCE_FAILURES, Counter, Unit::Count, "Steps of maintenance that failed, by table; the next round tries again."),
+    (
+        MAINTENANCE_FAILURES,
+        Counter,
+        Unit::Count,
+        "Steps of maintenance that failed, by table; the next round tries again.",
+    ),
     (SNAPSHOTS_EXPIRED, Counter, Unit::Count, "Snapshots that maintenance has expired, by table."),
     (FILES_EXPIRED, Counter, Unit::Count, "Files deleted with expired snapshots, by table."),
+    (FILES_COMPACTED, Counter, Unit::Count, "Small data files that were made into larger ones, by table."),
+    (BYTES_COMPACTED, Counter, Unit::Bytes, "Size of the small data files that were compacted, by table."),
+    (ORPHANS_REMOVED, Counter, Unit::Count, "Files deleted because nothing referenced them, by table."),
 ];
 
 /// From a commit on a local disk to the longest deadline of a stage.
@@ -212,6 +223,9 @@ fn record_maintenance_of(report: &TableReport) {
         (MAINTENANCE_FAILURES, report.errors.len() as u64),
         (SNAPSHOTS_EXPIRED, report.snapshots_expired),
         (FILES_EXPIRED, report.files_expired),
+        (FILES_COMPACTED, report.files_compacted),
+        (BYTES_COMPACTED, report.bytes_compacted),
+        (ORPHANS_REMOVED, report.orphans_removed),
     ] {
         counter!(total, "table" => report.table.clone()).increment(n);
     }

@@ -235,7 +235,10 @@ impl Inner {
         // Every manifest of the parent is taken over, small ones merged when there are many.
         let mut counts = HashMap::from([("manifests-created", 1), ("manifests-kept", 0), ("manifests-replaced", 0)]);
         if let Some(parent) = parent {
-            let parents = self.manifests(metadata, parent).await?.consume_entries().into_iter().collect();
+            // Those with nothing but deleted entries have said what they had to.
+            let is_alive = |m: &ManifestFile| m.has_added_files() || m.has_existing_files();
+            let parents =
+                self.manifests(metadata, parent).await?.consume_entries().into_iter().filter(is_alive).collect();
             let path = |n: usize| format!("{folder}/{attempt}-m{n}.avro");
             let merge = Merge { file_io: &self.file_io, metadata, spec_id, schema, snapshot_id };
             let merged = merge.run(parents, path, written).await;
@@ -246,33 +249,15 @@ impl Inner {
             list_of.extend(merged.manifests);
         }
 
-        let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
-        written.push(list_path.clone());
-        let sequence_number = metadata.next_sequence_number();
-        let writer = self.file_io.new_output(&list_path)?.writer().await?;
-        let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
-        list.add_manifests(list_of.into_iter())?;
-        list.close().await?;
-
         let mut collector = SnapshotSummaryCollector::default();
         for file in files {
             collector.add_file(file, schema.clone(), spec.clone());
         }
         let mut properties = properties;
         properties.extend(counts.into_iter().map(|(key, count)| (key.to_string(), count.to_string())));
-        let additional_properties =
-            summary(properties, collector.build(), parent.map(|p| &p.summary().additional_properties));
-        // Snapshots of one table are ordered in time, also when clocks are not.
-        let timestamp_ms = chrono::Utc::now().timestamp_millis().max(metadata.last_updated_ms());
-        Ok(Snapshot::builder()
-            .with_snapshot_id(snapshot_id)
-            .with_parent_snapshot_id(parent.map(|p| p.snapshot_id()))
-            .with_sequence_number(sequence_number)
-            .with_timestamp_ms(timestamp_ms)
-            .with_manifest_list(list_path)
-            .with_summary(Summary { operation: Operation::Append, additional_properties })
-            .with_schema_id(schema_id)
-            .build())
+        properties.extend(collector.build());
+        let next = NextSnapshot { snapshot_id, attempt, operation: Operation::Append, schema_id, properties };
+        next.write(&self.file_io, metadata, list_of, written).await
     }
 
     async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
@@ -368,43 +353,83 @@ pub(super) async fn delete_all(file_io: &FileIO, locations: Vec<String>) -> u64 
     gone.into_iter().sum()
 }
 
+/// A snapshot about to be made on top of the current one.
+pub(super) struct NextSnapshot {
+    pub snapshot_id: i64,
+    pub attempt: Uuid,
+    pub operation: Operation,
+    pub schema_id: i32,
+    /// What was added and removed, and whatever else the summary says.
+    pub properties: HashMap<String, String>,
+}
+
+impl NextSnapshot {
+    /// Writes the manifest list.
+    pub async fn write(
+        self,
+        file_io: &FileIO,
+        metadata: &TableMetadata,
+        manifests: Vec<ManifestFile>,
+        written: &mut Vec<String>,
+    ) -> iceberg::Result<Snapshot> {
+        let NextSnapshot { snapshot_id, attempt, operation, schema_id, properties } = self;
+        let parent = metadata.current_snapshot();
+        let folder = format!("{}/metadata", metadata.location().trim_end_matches('/'));
+        let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
+        written.push(list_path.clone());
+        let sequence_number = metadata.next_sequence_number();
+        let writer = file_io.new_output(&list_path)?.writer().await?;
+        let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
+        list.add_manifests(manifests.into_iter())?;
+        list.close().await?;
+        let additional_properties = summary(properties, parent.map(|p| &p.summary().additional_properties));
+        // Snapshots of one table are ordered in time, also when clocks are not.
+        let timestamp_ms = chrono::Utc::now().timestamp_millis().max(metadata.last_updated_ms());
+        Ok(Snapshot::builder()
+            .with_snapshot_id(snapshot_id)
+            .with_parent_snapshot_id(parent.map(|p| p.snapshot_id()))
+            .with_sequence_number(sequence_number)
+            .with_timestamp_ms(timestamp_ms)
+            .with_manifest_list(list_path)
+            .with_summary(Summary { operation, additional_properties })
+            .with_schema_id(schema_id)
+            .build())
+    }
+}
+
 struct Staged {
     change: TableChange,
     /// Manifest and manifest list.
     written: Vec<String>,
 }
 
-/// The snapshot summary: `properties`, what was added, and the running totals that readers and planners go by. A total
-/// that the parent does not know stays unknown.
-fn summary(
-    properties: HashMap<String, String>,
-    added: HashMap<String, String>,
-    parent: Option<&HashMap<String, String>>,
-) -> HashMap<String, String> {
-    const TOTALS: [(&str, &str); 6] = [
-        ("total-data-files", "added-data-files"),
-        ("total-records", "added-records"),
-        ("total-files-size", "added-files-size"),
-        ("total-delete-files", "added-delete-files"),
-        ("total-position-deletes", "added-position-deletes"),
-        ("total-equality-deletes", "added-equality-deletes"),
+/// The snapshot summary: `properties`, with what was added and removed among them, and the running totals that readers and
+/// planners go by. A total that the parent does not know stays unknown.
+fn summary(properties: HashMap<String, String>, parent: Option<&HashMap<String, String>>) -> HashMap<String, String> {
+    const TOTALS: [(&str, &str, &str); 6] = [
+        ("total-data-files", "added-data-files", "deleted-data-files"),
+        ("total-records", "added-records", "deleted-records"),
+        ("total-files-size", "added-files-size", "removed-files-size"),
+        ("total-delete-files", "added-delete-files", "removed-delete-files"),
+        ("total-position-deletes", "added-position-deletes", "removed-position-deletes"),
+        ("total-equality-deletes", "added-equality-deletes", "removed-equality-deletes"),
     ];
     let mut summary = properties;
-    summary.extend(added);
-    for (total, added) in TOTALS {
+    for (total, added, removed) in TOTALS {
         let before = match parent {
             None => Some(0),
             Some(parent) => parent.get(total).and_then(|n| n.parse::<u64>().ok()),
         };
         if let Some(before) = before {
-            let added = summary.get(added).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-            summary.insert(total.to_string(), (before + added).to_string());
+            let number = |key| summary.get(key).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+            let after = (before + number(added)).saturating_sub(number(removed));
+            summary.insert(total.to_string(), after.to_string());
         }
     }
     summary
 }
 
-fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
+pub(super) fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
     loop {
         let (high, low) = Uuid::new_v4().as_u64_pair();
         let id = i64::try_from((high ^ low) >> 1).unwrap_or(i64::MAX);
@@ -424,11 +449,15 @@ mod tests {
             pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
         };
         let added = map(&[("added-records", "5"), ("added-data-files", "1")]);
-        let first = summary(map(&[("floe.offsets", "{}")]), added.clone(), None);
+        let mut of_a_batch = added.clone();
+        of_a_batch.insert("floe.offsets".into(), "{}".into());
+        let first = summary(of_a_batch, None);
         assert_eq!((first["total-records"].as_str(), first["total-delete-files"].as_str()), ("5", "0"));
         let parent = map(&[("total-records", "7")]);
-        let next = summary(HashMap::new(), added, Some(&parent));
+        let next = summary(added, Some(&parent));
         assert_eq!(next["total-records"], "12");
+        let replaced = map(&[("added-records", "5"), ("deleted-records", "6")]);
+        assert_eq!(summary(replaced, Some(&parent))["total-records"], "6");
         assert!(!next.contains_key("total-data-files"));
     }
 }

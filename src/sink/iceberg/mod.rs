@@ -35,7 +35,6 @@ use uuid::Uuid;
 
 use self::catalog::{Catalog, LoadedTable, TableName};
 use self::files::FileLayout;
-use self::order::SortOrder;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
 use crate::config::CatalogConfig;
@@ -50,8 +49,6 @@ pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
 pub use iceberg::expr::{Predicate, Reference};
 pub use iceberg::spec::{DataFile, Datum};
-
-const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
 
 /// A table as the pipeline wants it.
 #[derive(Clone, Debug)]
@@ -234,30 +231,9 @@ impl Inner {
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
-    let arrow_schema = layout::arrow_schema(spec, metadata)?;
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
     }
-    let properties = metadata.properties();
-    let data_location = match properties.get("write.data.path") {
-        Some(path) => path.trim_end_matches('/').to_string(),
-        None => format!("{}/data", metadata.location().trim_end_matches('/')),
-    };
-    let target_file_bytes = properties
-        .get("write.target-file-size-bytes")
-        .and_then(|bytes| bytes.parse().ok())
-        .unwrap_or(DEFAULT_TARGET_FILE_BYTES);
-    let files = FileLayout {
-        table: name.to_string(),
-        file_io: file_io.clone(),
-        data_location,
-        schema: metadata.current_schema().clone(),
-        spec: metadata.default_partition_spec().clone(),
-        order: SortOrder::new(metadata.default_sort_order(), &arrow_schema)
-            .map_err(|e| catalog::iceberg_error("write to", &spec.name, e))?,
-        properties: files::writer_properties(&spec.name, properties, &arrow_schema),
-        arrow_schema,
-        target_file_bytes,
-    };
+    let files = FileLayout::of(&name, metadata, file_io)?;
     Ok(BoundTable { name, files: Arc::new(files) })
 }

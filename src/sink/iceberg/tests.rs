@@ -741,7 +741,7 @@ async fn every_type_of_a_schema_is_written() {
     files.extend(write(&sink, 0, 1, vec![rows.slice(1, 2)]).await);
     sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
     let metadata = metadata(&sink, 0).await;
-    let columns = layout::arrow_schema(&table, &metadata).unwrap();
+    let columns = layout::arrow_schema(&TableName::parse(&table.name).unwrap(), &metadata).unwrap();
     let expected = layout::conform(&rows.slice(0, 1), &columns).unwrap();
     assert_eq!(read.num_columns(), expected.num_columns());
     for (field, (read, expected)) in columns.fields().iter().zip(read.columns().iter().zip(expected.columns())) {

@@ -20,18 +20,11 @@ use crate::sink::iceberg::catalog::{CommitError, TableChange, TableName, iceberg
 use crate::sink::iceberg::commit::{Marker, delete_all, snapshot_of};
 
 pub(super) const ATTEMPTS: u32 = 10;
-pub(super) const BACKOFF: Strategy = Strategy::Exponential {
-    initial: std::time::Duration::from_millis(20),
-    max: std::time::Duration::from_secs(2),
-};
+pub(super) const BACKOFF: Strategy =
+    Strategy::Exponential { initial: std::time::Duration::from_millis(20), max: std::time::Duration::from_secs(2) };
 
 impl Maintainer {
-    pub(super) async fn expire(
-        &self,
-        table: &TableName,
-        round: &Round,
-        report: &mut TableReport,
-    ) -> Result<(), Error> {
+    pub(super) async fn expire(&self, table: &TableName, round: &Round, report: &mut TableReport) -> Result<(), Error> {
         let failed = |e| iceberg_error("expire snapshots of", table, e);
         let mut conflict = String::new();
         for attempt in 0..ATTEMPTS {
@@ -46,14 +39,15 @@ impl Maintainer {
             }
             if round.dry_run {
                 report.snapshots_expired = expired.len() as u64;
-                let reach = Reach::of_expired(&self.file_io, &before, &before, &expired, round).await.map_err(failed)?;
+                let reach =
+                    Reach::of_expired(&self.file_io, &before, &before, &expired, round).await.map_err(failed)?;
                 report.files_expired = reach.files.len() as u64;
                 return Ok(());
             }
             let change = TableChange::new(table, &loaded, |builder| {
-                let builder = expired.iter().fold(builder, |builder, id| {
-                    builder.remove_statistics(*id).remove_partition_statistics(*id)
-                });
+                let builder = expired
+                    .iter()
+                    .fold(builder, |builder, id| builder.remove_statistics(*id).remove_partition_statistics(*id));
                 Ok(builder.remove_snapshots(&expired))
             })
             .map_err(failed)?;
@@ -66,7 +60,8 @@ impl Maintainer {
                 // The table, loaded anew, says whether it has happened.
                 Err(CommitError::Failed(Error::Indeterminate { message })) => {
                     let now = self.load(table).await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
-                    let gone = now.is_some_and(|now| expired.iter().all(|id| now.metadata.snapshot_by_id(*id).is_none()));
+                    let gone =
+                        now.is_some_and(|now| expired.iter().all(|id| now.metadata.snapshot_by_id(*id).is_none()));
                     if !gone {
                         return Err(Error::Indeterminate { message });
                     }
@@ -80,7 +75,8 @@ impl Maintainer {
             if now.metadata.uuid() != before.uuid() {
                 return Ok(());
             }
-            let reach = Reach::of_expired(&self.file_io, &before, &now.metadata, &expired, round).await.map_err(failed)?;
+            let reach =
+                Reach::of_expired(&self.file_io, &before, &now.metadata, &expired, round).await.map_err(failed)?;
             let mut files = reach.files;
             let rest = files.split_off(files.len() / 2);
             report.files_expired += delete_all(&self.file_io, files).await;
@@ -113,8 +109,7 @@ fn expired(metadata: &TableMetadata, policy: &MaintenanceConfig, now_ms: i64) ->
         return Ok(Vec::new());
     }
     let kept = kept(metadata, &refs(metadata)?, policy, now_ms);
-    let mut expired: Vec<i64> =
-        metadata.snapshots().map(|s| s.snapshot_id()).filter(|id| !kept.contains(id)).collect();
+    let mut expired: Vec<i64> = metadata.snapshots().map(|s| s.snapshot_id()).filter(|id| !kept.contains(id)).collect();
     expired.sort_unstable();
     Ok(expired)
 }

@@ -6,8 +6,12 @@
 //! reaches it; nothing is deleted while the outcome of a commit is unknown; markers are never touched; a round that is
 //! killed leaves files behind that a later one finds as orphans, and nothing else.
 
+mod compact;
 mod expire;
+mod orphans;
 mod reach;
+mod rewrite;
+mod small;
 #[cfg(test)]
 mod tests;
 
@@ -20,8 +24,8 @@ use iceberg::io::FileIO;
 use serde::Serialize;
 
 use super::catalog::{Catalog, LoadedTable, TableName};
-use super::storage::TableStorage;
 use super::sqlite;
+use super::storage::TableStorage;
 use crate::config::{CatalogConfig, MaintenanceConfig};
 use crate::sink::Error;
 
@@ -83,23 +87,34 @@ pub struct TableReport {
     pub snapshots_expired: u64,
     /// Manifest lists, manifests, data files and statistics that only expired snapshots needed.
     pub files_expired: u64,
+    /// Small data files that have become `files_written` larger ones.
+    pub files_compacted: u64,
+    pub files_written: u64,
+    pub bytes_compacted: u64,
+    pub orphans_removed: u64,
+    pub bytes_of_orphans: u64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<String>,
 }
 
 impl fmt::Display for TableReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.table)?;
-        let mut nothing = true;
+        let mut parts = Vec::new();
         if self.snapshots_expired > 0 {
-            write!(f, " {} snapshots expired, {} files with them;", self.snapshots_expired, self.files_expired)?;
-            nothing = false;
+            parts.push(format!("{} snapshots expired with {} files", self.snapshots_expired, self.files_expired));
         }
-        for error in &self.errors {
-            write!(f, " FAILED: {error};")?;
-            nothing = false;
+        if self.files_compacted > 0 {
+            let bytes = self.bytes_compacted;
+            parts.push(format!("{} small files compacted ({bytes} bytes)", self.files_compacted));
         }
-        if nothing { write!(f, " nothing to do") } else { Ok(()) }
+        if self.orphans_removed > 0 {
+            parts.push(format!("{} orphans removed ({} bytes)", self.orphans_removed, self.bytes_of_orphans));
+        }
+        parts.extend(self.errors.iter().map(|error| format!("FAILED to {error}")));
+        if parts.is_empty() {
+            parts.push("nothing to do".into());
+        }
+        write!(f, "{}: {}", self.table, parts.join("; "))
     }
 }
 
@@ -125,10 +140,23 @@ impl Maintainer {
     pub async fn run(&self, round: &Round) -> Vec<TableReport> {
         let mut reports: Vec<TableReport> =
             self.tables.iter().map(|t| TableReport { table: t.to_string(), ..TableReport::default() }).collect();
+        // First what is quick and keeps commits fast, then what makes new files.
         for (table, report) in self.tables.iter().zip(&mut reports) {
             if !round.over() {
                 let done = self.expire(table, round, report).await;
                 note(report, "expire snapshots", done);
+            }
+        }
+        for (table, report) in self.tables.iter().zip(&mut reports) {
+            if !round.over() {
+                let done = self.compact(table, round, report).await;
+                note(report, "compact small files", done);
+            }
+        }
+        for (table, report) in self.tables.iter().zip(&mut reports) {
+            if round.orphans && !round.over() {
+                let done = self.remove_orphans(table, round, report).await;
+                note(report, "remove orphans", done);
             }
         }
         reports

@@ -60,7 +60,8 @@ impl Reach {
                 known.1 = known.1.max(used_ms);
             }
         }
-        let kept_lists: HashSet<&str> = now.snapshots().filter(|s| is_kept(&s.as_ref())).map(|s| s.manifest_list()).collect();
+        let kept_lists: HashSet<&str> =
+            now.snapshots().filter(|s| is_kept(&s.as_ref())).map(|s| s.manifest_list()).collect();
         lists.retain(|list| !kept_lists.contains(list.as_str()));
 
         let mut candidates: HashMap<String, Candidate> = HashMap::new();

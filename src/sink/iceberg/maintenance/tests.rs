@@ -1,21 +1,24 @@
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use super::*;
+use crate::sink::iceberg::commit::manifest_list;
 use crate::sink::iceberg::tests::{Fixture, batch_commit, events, metadata, offsets, spec, write};
 use crate::sink::iceberg::{IcebergSink, TableSpec};
 
 const HOUR_US: i64 = 3_600_000_000;
 
-fn policy() -> MaintenanceConfig {
+pub(super) fn policy() -> MaintenanceConfig {
     MaintenanceConfig {
         enabled: true,
         interval: Duration::from_secs(600),
         time_budget: Duration::from_secs(60),
         max_snapshot_age: Duration::from_secs(5 * 86_400),
         max_snapshots: 3,
-        compact_min_files: 20,
+        compact_min_files: 1_000,
         compact_after: Duration::from_secs(3_600),
         orphan_grace: Duration::from_secs(3 * 86_400),
     }
@@ -47,7 +50,11 @@ fn listed(fixture: &Fixture) -> BTreeSet<String> {
     fn walk(folder: &Path, found: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(folder).into_iter().flatten() {
             let path = entry.unwrap().path();
-            if path.is_dir() { walk(&path, found) } else { found.extend(path.to_str().map(String::from)) };
+            if path.is_dir() {
+                walk(&path, found)
+            } else {
+                found.extend(path.to_str().map(String::from))
+            };
         }
     }
     let mut found = BTreeSet::new();
@@ -63,7 +70,7 @@ async fn reachable(sink: &IcebergSink) -> BTreeSet<String> {
     found.extend(sink.0.load_all().await.unwrap().iter().map(|l| l.metadata_location.clone()));
     for snapshot in metadata.snapshots() {
         found.insert(snapshot.manifest_list().to_string());
-        for manifest in sink.0.manifests(&metadata, snapshot).await.unwrap().entries() {
+        for manifest in manifest_list(&io, &metadata, snapshot).await.unwrap().entries() {
             found.insert(manifest.manifest_path.clone());
             for entry in manifest.load_manifest(&io).await.unwrap().entries().iter().filter(|e| e.is_alive()) {
                 assert!(io.exists(entry.file_path()).await.unwrap(), "{}", entry.file_path());
@@ -119,7 +126,7 @@ async fn what_the_table_says_about_its_history_goes_first() {
         (vec![("gc.enabled", "false")], 8),
         (vec![], 3),
     ] {
-        let name = format!("t.events_{}", uuid::Uuid::new_v4().simple());
+        let name = format!("t.events_{}", Uuid::new_v4().simple());
         let map = properties.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
         let sink = fixture.open(&[TableSpec { properties: map, ..spec(&name, &[]) }]).await.unwrap();
         append(&sink, 0..8).await;
@@ -176,15 +183,186 @@ async fn branches_tags_and_what_others_have_made_stay() {
 #[tokio::test(flavor = "multi_thread")]
 async fn files_that_readers_may_still_have_in_hand_stay() {
     let fixture = Fixture::new();
-    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
-    append(&sink, 0..2).await;
-    // All rows are replaced, as by an engine that overwrites the table.
-    let before = fixture.data_files("t.events").len();
-    change(&sink, |builder| Ok(builder.remove_ref("main"))).await;
-    append(&sink, 2..8).await;
-    let expiring = MaintenanceConfig { max_snapshot_age: Duration::from_millis(1), ..policy() };
-    tokio::time::sleep(Duration::from_millis(5)).await;
-    let unhurried = Round { readers_grace: Duration::from_secs(300), ..round(expiring) };
-    maintain(&sink, &unhurried).await;
-    assert_eq!(fixture.data_files("t.events").len(), before + 6);
+    for (grace_s, gone) in [(300, 0), (0, 2)] {
+        let name = format!("t.events_{grace_s}");
+        let sink = fixture.open(&[spec(&name, &[])]).await.unwrap();
+        append(&sink, 0..2).await;
+        // All rows are replaced, as by an engine that overwrites the table.
+        change(&sink, |builder| Ok(builder.remove_ref("main"))).await;
+        append(&sink, 2..8).await;
+        let expiring = MaintenanceConfig { max_snapshot_age: Duration::from_millis(1), ..policy() };
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        maintain(&sink, &Round { readers_grace: Duration::from_secs(grace_s), ..round(expiring) }).await;
+        assert_eq!(fixture.data_files(&name).len(), 8 - gone);
+    }
+}
+
+/// Hours of event time, a minute between two rows.
+fn hourly(name: &str, sort_by: &[&str]) -> TableSpec {
+    let sort_by = sort_by.iter().map(|s| s.to_string()).collect();
+    TableSpec { sort_by, ..spec(name, &["hour(event_timestamp)"]) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn small_files_of_quiet_partitions_become_one() {
+    let fixture = Fixture::new();
+    for sort_by in [&[][..], &["device_id", "count desc"]] {
+        let name = format!("t.events_{}", sort_by.len());
+        let sink = fixture.open(&[hourly(&name, sort_by)]).await.unwrap();
+        // Six batches an hour. Event time is at the end of the fourth hour: an hour past the first two.
+        append(&sink, 0..24).await;
+        let dry = maintain(&sink, &round(policy()).dry()).await;
+        let report = maintain(&sink, &round(policy())).await;
+        assert_eq!((report.files_compacted, report.files_written), (12, 2), "{report:?}");
+        assert_eq!(dry.files_compacted, 12);
+        let mut rows = all_offsets(&sink).await;
+        rows.sort_unstable();
+        assert_eq!(rows, (0..240).collect::<Vec<_>>());
+
+        let after = metadata(&sink, 0).await;
+        let current = after.current_snapshot().unwrap();
+        assert_eq!(current.summary().operation, iceberg::spec::Operation::Replace);
+        let summary = &current.summary().additional_properties;
+        let number = |key: &str| summary[key].as_str();
+        assert_eq!((number("total-records"), number("total-data-files")), ("240", "14"));
+        assert_eq!(
+            (number("added-records"), number("deleted-records"), number("deleted-data-files")),
+            ("60", "60", "6")
+        );
+        if !sort_by.is_empty() {
+            let mut files = Vec::new();
+            for manifest in manifest_list(&sink.0.file_io, &after, current).await.unwrap().entries() {
+                let manifest = manifest.load_manifest(&sink.0.file_io).await.unwrap();
+                files.extend(manifest.entries().iter().filter(|e| e.is_alive()).map(|e| e.data_file().clone()));
+            }
+            assert!(files.iter().all(|file| file.sort_order_id() == Some(1)));
+            let compacted = files.iter().find(|file| file.record_count() == 60).unwrap();
+            let path = compacted.file_path().trim_start_matches("file://");
+            let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(
+                std::fs::File::open(path).unwrap(),
+            );
+            let mut keys = Vec::new();
+            for rows in reader.unwrap().build().unwrap() {
+                use arrow::array::AsArray;
+                let rows = rows.unwrap();
+                let devices = rows["device_id"].as_string::<i32>();
+                let counts = rows["count"].as_primitive::<arrow::datatypes::Int32Type>();
+                keys.extend((0..rows.num_rows()).map(|i| (devices.value(i).to_string(), -counts.value(i))));
+            }
+            assert_eq!(keys.len(), 60);
+            assert!(keys.is_sorted(), "{keys:?}");
+        }
+
+        // It goes on, and what the replaced files needed goes with their snapshots.
+        append(&sink, 24..30).await;
+        maintain(&sink, &round(policy())).await;
+        append(&sink, 30..33).await;
+        maintain(&sink, &round(policy())).await;
+        maintain(&sink, &round(policy())).await;
+        let mut rows = all_offsets(&sink).await;
+        rows.sort_unstable();
+        assert_eq!(rows, (0..330).collect::<Vec<_>>());
+        assert_eq!(
+            fixture.data_files(&name).len(),
+            reachable(&sink).await.iter().filter(|f| f.ends_with("parquet")).count()
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compaction_gives_way_to_whoever_changed_the_files_first() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[hourly("t.events", &[])]).await.unwrap();
+    append(&sink, 0..24).await;
+    let maintainer = sink.maintainer();
+    let name = sink.0.tables[0].name.clone();
+    let planned = sink.0.load_all().await.unwrap().remove(0);
+    let layout =
+        Arc::new(crate::sink::iceberg::files::FileLayout::of(&name, &planned.metadata, &sink.0.file_io).unwrap());
+    let round = round(policy());
+    let found = maintainer.find(&planned.metadata, &layout, &round).await.unwrap();
+    assert_eq!(found.groups.len(), 2);
+    let files = rewrite::rewrite(&layout, &found.groups[0], &round).await.unwrap().unwrap();
+    // A batch in between does no harm, even one that merges the manifests.
+    append(&sink, 24..80).await;
+    // Someone else compacts the same files.
+    let rivals = rewrite::rewrite(&layout, &found.groups[0], &round).await.unwrap().unwrap();
+    assert!(maintainer.replace(&name, &planned, &layout, &found.groups[0], &found, &rivals).await.unwrap());
+    assert!(!maintainer.replace(&name, &planned, &layout, &found.groups[0], &found, &files).await.unwrap());
+    let mut rows = all_offsets(&sink).await;
+    rows.sort_unstable();
+    assert_eq!(rows, (0..800).collect::<Vec<_>>());
+    // What was written for nothing is gone.
+    let mut missing = files.iter().map(|f| f.file_path().trim_start_matches("file://").to_string());
+    assert!(missing.all(|file| !Path::new(&file).exists()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn maintenance_beside_batches_loses_nothing() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[hourly("t.events", &[])]).await.unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let (beside, stop) = (sink.clone(), done.clone());
+    let maintenance = tokio::spawn(async move {
+        let mut compacted = 0;
+        while !stop.load(Ordering::Relaxed) {
+            compacted += maintain(&beside, &round(policy())).await.files_compacted;
+        }
+        compacted
+    });
+    append(&sink, 0..60).await;
+    done.store(true, Ordering::Relaxed);
+    assert!(maintenance.await.unwrap() > 0);
+    let mut rows = all_offsets(&sink).await;
+    rows.sort_unstable();
+    assert_eq!(rows, (0..600).collect::<Vec<_>>());
+    reachable(&sink).await;
+}
+
+fn put_old(path: &Path, days: u64) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let file = std::fs::File::create(path).unwrap();
+    file.set_modified(std::time::SystemTime::now() - Duration::from_secs(days * 86_400)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_nothing_references_go_once_they_are_old() {
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[hourly("t.events", &[])]).await.unwrap();
+    append(&sink, 0..10).await;
+    // However old what the table has is, it stays.
+    for file in listed(&fixture) {
+        let old = std::time::SystemTime::now() - Duration::from_secs(30 * 86_400);
+        std::fs::File::open(file).unwrap().set_modified(old).unwrap();
+    }
+    let before = listed(&fixture);
+    let folder = fixture.dir.path().join("warehouse/t/events");
+    let orphans =
+        ["data/a=1/left-behind.parquet", "data/left-behind.parquet", "metadata/left-m0.avro", "metadata/snap-1.avro"];
+    orphans.iter().for_each(|file| put_old(&folder.join(file), 4));
+    let strangers =
+        ["data/young.parquet", "metadata/young.avro", "data/_SUCCESS", "metadata/version-hint.text", "notes.txt"];
+    for (file, days) in strangers.iter().zip([2, 2, 30, 30, 30]) {
+        put_old(&folder.join(file), days);
+    }
+    let no_compaction = MaintenanceConfig { max_snapshots: 100, ..policy() };
+    let report = maintain(&sink, &round(no_compaction.clone())).await;
+    assert_eq!(report.orphans_removed, 4, "{report:?}");
+    let mut after = listed(&fixture);
+    for file in strangers {
+        assert!(after.remove(folder.join(file).to_str().unwrap()), "{file}");
+    }
+    assert!(before.is_subset(&after));
+    reachable(&sink).await;
+
+    // Another table in the same folder: none of its files is an orphan.
+    let other = before.iter().find(|f| f.ends_with(".metadata.json")).unwrap();
+    let json = std::fs::read_to_string(other).unwrap();
+    let uuid = metadata(&sink, 0).await.uuid().to_string();
+    std::fs::write(folder.join("metadata/00000-other.metadata.json"), json.replace(&uuid, &Uuid::new_v4().to_string()))
+        .unwrap();
+    put_old(&folder.join("data/of-the-other.parquet"), 30);
+    let report = sink.maintainer().run(&round(no_compaction)).await.remove(0);
+    assert!(report.errors[0].contains("metadata of another table"), "{report:?}");
+    assert!(folder.join("data/of-the-other.parquet").exists());
 }
