@@ -186,7 +186,7 @@ impl StreamingQuery {
                 }
                 Planned::Done => {
                     tracing::info!("everything that was there at the start is committed");
-                    self.upkeep.finish(&session.sink).await;
+                    self.upkeep.finish(&session.sink, self.shutdown.clone()).await;
                     return Ok(());
                 }
                 Planned::Nothing => {}

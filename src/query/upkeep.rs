@@ -4,10 +4,12 @@
 //! round: where both want to commit to a table, the one that is later loads it again. A round that fails fails nothing else;
 //! the next one takes it up.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::MaintenanceConfig;
@@ -56,11 +58,20 @@ impl Upkeep {
     }
 
     /// A round after the last batch of a job, which has no "beside". It does not look for orphans: jobs may start every minute.
-    pub(super) async fn finish(&mut self, sink: &IcebergSink) {
+    pub(super) async fn finish(&mut self, sink: &IcebergSink, mut shutdown: watch::Receiver<bool>) {
         self.stop().await;
-        if self.policy.enabled && self.batches > 0 {
-            let round = self.round(false);
-            run(sink.clone(), round, self.telemetry.clone()).await;
+        if !self.policy.enabled || self.batches == 0 {
+            return;
+        }
+        let round = self.round(false);
+        let stop = round.stop.clone();
+        let mut running = pin!(run(sink.clone(), round, self.telemetry.clone()));
+        tokio::select! {
+            () = &mut running => return,
+            _ = shutdown.wait_for(|stop| *stop) => stop.store(true, Ordering::Relaxed),
+        }
+        if tokio::time::timeout(PATIENCE, running).await.is_err() {
+            tracing::info!("maintenance does not stop in time; what it leaves behind is removed later");
         }
     }
 

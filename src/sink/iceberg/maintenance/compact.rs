@@ -47,26 +47,43 @@ impl Maintainer {
         let layout = FileLayout::of(table, &loaded.metadata, &self.file_io)?;
         let found = self.find(&loaded.metadata, &layout, round).await.map_err(failed)?;
         let layout = Arc::new(layout);
+        let mut failure = None;
         for group in &found.groups {
             if round.over() {
                 break;
             }
-            let bytes: u64 = group.files.iter().map(|file| file.bytes).sum();
-            if !round.dry_run {
-                let Some(files) = rewrite::rewrite(&layout, group, round).await? else { break };
-                fail_at("maintenance.rewritten")?;
-                if !self.replace(table, &loaded, &layout, group, &found, &files).await? {
-                    continue;
-                }
-                report.files_written += files.len() as u64;
-                tracing::debug!(%table, files = group.files.len(), bytes, "small files compacted");
-                fail_at("maintenance.replaced")?;
+            if round.dry_run {
+                report.files_compacted += group.files.len() as u64;
+                report.bytes_compacted += group.bytes();
+            } else if let Err(error) = self.compact_group(table, &loaded, &layout, group, &found, round, report).await {
+                // A file that cannot be read must not keep other partitions from being compacted.
+                failure.get_or_insert(error);
             }
-            report.files_compacted += group.files.len() as u64;
-            report.bytes_compacted += bytes;
         }
         if report.files_compacted > 0 && !round.dry_run {
             tracing::info!(%table, files = report.files_compacted, into = report.files_written, bytes = report.bytes_compacted, "small files compacted");
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    async fn compact_group(
+        &self,
+        table: &TableName,
+        planned: &LoadedTable,
+        layout: &Arc<FileLayout>,
+        group: &Group,
+        found: &Found,
+        round: &Round,
+        report: &mut TableReport,
+    ) -> Result<(), Error> {
+        let Some(files) = rewrite::rewrite(layout, group, round).await? else { return Ok(()) };
+        fail_at("maintenance.rewritten")?;
+        if self.replace(table, planned, layout, group, found, &files).await? {
+            report.files_compacted += group.files.len() as u64;
+            report.files_written += files.len() as u64;
+            report.bytes_compacted += group.bytes();
+            fail_at("maintenance.replaced")?;
         }
         Ok(())
     }
@@ -79,7 +96,8 @@ impl Maintainer {
     ) -> iceberg::Result<Found> {
         let mut found = Found { groups: Vec::new(), known: HashSet::new() };
         let Some(snapshot) = metadata.current_snapshot() else { return Ok(found) };
-        let manifests = manifest_list(&self.file_io, metadata, snapshot).await?.consume_entries().into_iter().collect();
+        let manifests: Vec<ManifestFile> =
+            manifest_list(&self.file_io, metadata, snapshot).await?.consume_entries().into_iter().collect();
         let spec_id = layout.spec.spec_id();
         let Some(with_deletes) = self.with_deletes(&manifests, spec_id).await? else { return Ok(found) };
 
@@ -128,11 +146,7 @@ impl Maintainer {
     }
 
     /// The partitions to which delete files apply. None: they may apply to any.
-    async fn with_deletes(
-        &self,
-        manifests: &Vec<ManifestFile>,
-        spec_id: i32,
-    ) -> iceberg::Result<Option<HashSet<Struct>>> {
+    async fn with_deletes(&self, manifests: &[ManifestFile], spec_id: i32) -> iceberg::Result<Option<HashSet<Struct>>> {
         let is_alive = |m: &&ManifestFile| m.has_added_files() || m.has_existing_files();
         let deletes = manifests.iter().filter(|m| m.content == ManifestContentType::Deletes).filter(is_alive);
         let deletes: Vec<ManifestFile> = deletes.cloned().collect();
@@ -279,13 +293,12 @@ impl Maintainer {
         list_of.extend(kept);
 
         let mut properties = collector.build();
-        let removed_bytes: u64 = group.files.iter().map(|file| file.bytes).sum();
         let removed_records: u64 = group.files.iter().map(|file| file.records).sum();
         for (key, value) in [
             (SUMMARY_PROPERTY, "compaction".to_string()),
             ("deleted-data-files", group.files.len().to_string()),
             ("deleted-records", removed_records.to_string()),
-            ("removed-files-size", removed_bytes.to_string()),
+            ("removed-files-size", group.bytes().to_string()),
             ("manifests-created", created.to_string()),
             ("manifests-kept", kept_count.to_string()),
             ("manifests-replaced", affected.len().to_string()),

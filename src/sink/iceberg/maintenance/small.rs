@@ -50,6 +50,12 @@ pub(super) struct Group {
     pub files: Vec<SmallFile>,
 }
 
+impl Group {
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+}
+
 impl Rules<'_> {
     pub fn is_small(&self, bytes: u64) -> bool {
         bytes < self.target_bytes / 2
