@@ -13,7 +13,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
-from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.exceptions import CommitFailedException, ValidationException
 from pyiceberg.types import StringType
 
 CATALOG = "floe"
@@ -140,7 +140,7 @@ def delete(request):
         try:
             opened.load_table(request["table"]).delete(request["filter"])
             break
-        except CommitFailedException:
+        except (CommitFailedException, ValidationException):
             continue
     else:
         raise RuntimeError("the other writer was always faster")
