@@ -7,6 +7,7 @@ pub mod dlq;
 pub mod maintain;
 pub mod resume;
 pub mod run;
+pub mod watermark;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -43,6 +44,15 @@ enum Command {
         /// Only say what there is to do.
         #[arg(long)]
         dry_run: bool,
+    },
+    /// Say where the watermark is, which partition holds it back since when, and which windows it closes next. Reads the
+    /// checkpoint alone, whether the pipeline runs or not.
+    Watermark {
+        #[command(flatten)]
+        file: File,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
     },
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
@@ -118,6 +128,12 @@ impl Cli {
                     n => Err(Error::Other(format!("maintenance of {n} of {} tables failed", reports.len()))),
                 }
             }
+            Command::Watermark { file, json } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let said = watermark::watermark(&load(&file.file)?, json).await?;
+                writeln!(std::io::stdout(), "{}", said.trim_end()).map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -149,6 +165,7 @@ mod tests {
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
             ("floe maintain pipeline.toml --dry-run", true),
+            ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             (

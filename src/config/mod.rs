@@ -33,6 +33,7 @@ use crate::batch::Offsets;
 use crate::schema::Schema;
 use crate::trigger::Trigger;
 use crate::window::Windowing;
+use crate::window::watermark::WatermarkPolicy;
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -232,6 +233,7 @@ pub struct BreakerConfig {
 pub struct EventTimeConfig {
     pub column: String,
     pub watermark_delay: Duration,
+    pub policy: WatermarkPolicy,
     /// Timestamps further ahead of the trigger time than this become dead letters. None: no guard.
     pub max_future: Option<Duration>,
 }
