@@ -82,9 +82,9 @@ impl Lane {
         windows: Vec<(i64, Option<Vec<u32>>)>,
     ) -> DataFusionResult<()> {
         let (arguments, failed) = query.arguments(batch)?;
-        let keys = query.key_columns(batch);
+        let (keys, failed_keys) = query.key_columns(batch)?;
         if let Some(count) = self.failed_values.get_mut(index) {
-            *count += failed;
+            *count += failed + failed_keys;
         }
         let (Some(late), Some(tables)) = (self.late_rows.get_mut(index), self.windows.get_mut(index)) else {
             return Ok(());
@@ -122,7 +122,7 @@ impl Lane {
         &self.late_rows
     }
 
-    /// Values that an aggregate saw as null because its expression failed on the row, by query.
+    /// Arguments of aggregates and group keys that are null because their expression failed on the row, by query.
     pub fn failed_values(&self) -> &[u64] {
         &self.failed_values
     }
