@@ -7,8 +7,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use iceberg::TableCreation;
-use iceberg::spec::TableMetadata;
+use iceberg::spec::{MAIN_BRANCH, TableMetadata, TableMetadataBuilder};
+use iceberg::{TableCreation, TableRequirement, TableUpdate};
 
 use crate::sink::Error;
 
@@ -43,12 +43,69 @@ pub struct LoadedTable {
     pub metadata: Arc<TableMetadata>,
 }
 
-/// The next metadata of one table, made from `base`.
+/// What a commit does to one table, in both forms that catalogs take: as updates with what they require, for catalogs that
+/// make the metadata themselves (REST), and as the next metadata, for those that leave it to the client (SQLite).
+///
+/// Made by [`TableChange::new`] from the table as it was read, and from nothing else: what a builder does is recorded on
+/// the way, so the two forms cannot differ, and what has to hold of the table follows from the updates.
+///
+/// ```ignore
+/// let change = TableChange::new(&name, &loaded, |builder| builder.set_branch_snapshot(snapshot, MAIN_BRANCH))?;
+/// catalog.commit(&[change]).await?;
+/// ```
 #[derive(Debug)]
 pub struct TableChange {
     pub table: TableName,
     pub base: LoadedTable,
+    #[allow(dead_code)] // only catalogs over REST send them
+    pub updates: Vec<TableUpdate>,
+    /// `base` with the updates applied.
     pub metadata: TableMetadata,
+}
+
+impl TableChange {
+    pub fn new(
+        table: &TableName,
+        base: &LoadedTable,
+        change: impl FnOnce(TableMetadataBuilder) -> iceberg::Result<TableMetadataBuilder>,
+    ) -> iceberg::Result<TableChange> {
+        let builder = base.metadata.as_ref().clone().into_builder(Some(base.metadata_location.clone()));
+        let built = change(builder)?.build()?;
+        Ok(TableChange { table: table.clone(), base: base.clone(), updates: built.changes, metadata: built.metadata })
+    }
+
+    /// What must still be as it was read for the updates to apply: the table itself and the head of main always, besides
+    /// what each update touches. Nothing in it guards a property: two changes of properties alone do not conflict.
+    #[allow(dead_code)] // only catalogs over REST send them
+    pub fn requirements(&self) -> Vec<TableRequirement> {
+        let base = &self.base.metadata;
+        let unmoved = |reference: &str| TableRequirement::RefSnapshotIdMatch {
+            r#ref: reference.to_string(),
+            snapshot_id: base.snapshot_for_ref(reference).map(|snapshot| snapshot.snapshot_id()),
+        };
+        let mut required = vec![TableRequirement::UuidMatch { uuid: base.uuid() }, unmoved(MAIN_BRANCH)];
+        for update in &self.updates {
+            required.extend(match update {
+                TableUpdate::SetSnapshotRef { ref_name, .. } | TableUpdate::RemoveSnapshotRef { ref_name } => {
+                    vec![unmoved(ref_name)]
+                }
+                TableUpdate::AddSchema { .. } => {
+                    vec![TableRequirement::LastAssignedFieldIdMatch { last_assigned_field_id: base.last_column_id() }]
+                }
+                TableUpdate::SetCurrentSchema { .. } => {
+                    vec![TableRequirement::CurrentSchemaIdMatch { current_schema_id: base.current_schema_id() }]
+                }
+                _ => Vec::new(),
+            });
+        }
+        let mut unique: Vec<TableRequirement> = Vec::with_capacity(required.len());
+        for requirement in required {
+            if !unique.contains(&requirement) {
+                unique.push(requirement);
+            }
+        }
+        unique
+    }
 }
 
 #[derive(Debug)]

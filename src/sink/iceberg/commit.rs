@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, iceberg_error};
 use super::manifests::Merge;
-use super::{BoundTable, Inner, files, metadata};
+use super::{BoundTable, Inner, files};
 use crate::batch::BatchId;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
@@ -95,7 +95,6 @@ impl Inner {
                 Ok(()) => {
                     let mut now = loaded;
                     for change in changes {
-                        metadata::remove_dropped(&self.file_io, &change.base.metadata, &change.metadata).await;
                         if let Some(i) = self.tables.iter().position(|t| t.name == change.table) {
                             now[i].metadata = change.metadata.into();
                         }
@@ -115,9 +114,6 @@ impl Inner {
                             message,
                             "a commit of unknown outcome has happened"
                         );
-                        for (before, now) in loaded.iter().zip(&now) {
-                            metadata::remove_dropped(&self.file_io, &before.metadata, &now.metadata).await;
-                        }
                         return Ok(Committed {
                             already: false,
                             snapshots: self.snapshots_of(&now, commit.marker.batch),
@@ -188,23 +184,22 @@ impl Inner {
         let marker = serde_json::to_string(&commit.marker)
             .map_err(|e| Error::fatal(format!("the marker has no JSON form: {e}")))?;
         let mut written = Vec::new();
-        let mut builder = loaded
-            .metadata
-            .as_ref()
-            .clone()
-            .into_builder(Some(loaded.metadata_location.clone()))
-            .set_properties([(self.marker_property.clone(), marker.clone())].into())
-            .map_err(failed)?;
+        let mut snapshot = None;
         if !files.is_empty() {
             let mut properties: HashMap<String, String> = commit.summary.clone().into_iter().collect();
-            properties.insert(self.marker_property.clone(), marker);
-            let snapshot =
-                self.append(table, &loaded.metadata, files, properties, &mut written).await.map_err(failed)?;
-            // Unlike setting the reference, this keeps the retention that the user gave the branch.
-            builder = builder.set_branch_snapshot(snapshot, MAIN_BRANCH).map_err(failed)?;
+            properties.insert(self.marker_property.clone(), marker.clone());
+            let appended = self.append(table, &loaded.metadata, files, properties, &mut written).await;
+            snapshot = Some(appended.map_err(failed)?);
         }
-        let metadata = builder.build().map_err(failed)?.metadata;
-        Ok(Staged { change: TableChange { table: table.name.clone(), base: loaded.clone(), metadata }, written })
+        let change = TableChange::new(&table.name, loaded, |builder| {
+            let builder = builder.set_properties([(self.marker_property.clone(), marker)].into())?;
+            match snapshot {
+                // Unlike setting the reference, this keeps the retention that the user gave the branch.
+                Some(snapshot) => builder.set_branch_snapshot(snapshot, MAIN_BRANCH),
+                None => Ok(builder),
+            }
+        });
+        Ok(Staged { change: change.map_err(failed)?, written })
     }
 
     pub(super) async fn append(

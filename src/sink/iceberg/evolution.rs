@@ -10,11 +10,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use iceberg::arrow::type_to_arrow_type;
-use iceberg::spec::{
-    ListType, MapType, NestedField, NestedFieldRef, PrimitiveType, Schema, StructType, TableMetadata, Type,
-};
+use iceberg::spec::{ListType, MapType, NestedField, NestedFieldRef, PrimitiveType, Schema, StructType, Type};
 
-use super::catalog::LoadedTable;
+use super::catalog::{LoadedTable, TableChange, TableName};
 
 /// What it takes to make a table fit its pipeline.
 #[derive(Debug)]
@@ -84,10 +82,9 @@ pub fn plan(table: &Schema, last_column_id: i32, wanted: &Schema) -> Evolution {
     }
 }
 
-/// The table's next metadata: the schema, and nothing else, is new.
-pub fn apply(loaded: &LoadedTable, schema: Schema) -> iceberg::Result<TableMetadata> {
-    let builder = loaded.metadata.as_ref().clone().into_builder(Some(loaded.metadata_location.clone()));
-    Ok(builder.add_current_schema(schema)?.build()?.metadata)
+/// The schema, and nothing else, is new.
+pub fn apply(table: &TableName, loaded: &LoadedTable, schema: Schema) -> iceberg::Result<TableChange> {
+    TableChange::new(table, loaded, |builder| builder.add_current_schema(schema))
 }
 
 /// A name of which another one differs in case only: most engines could tell neither from the other.

@@ -12,12 +12,15 @@ mod files;
 mod layout;
 mod manifests;
 mod metadata;
+mod order;
 mod plan;
 mod read;
 mod sqlite;
 mod storage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_order;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,6 +34,7 @@ use uuid::Uuid;
 
 use self::catalog::{Catalog, LoadedTable, TableName};
 use self::files::FileLayout;
+use self::order::SortOrder;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
 use crate::config::CatalogConfig;
@@ -55,7 +59,8 @@ pub struct TableSpec {
     pub schema: SchemaRef,
     /// `day(event_timestamp)`, `bucket(16, device_id)`, `device_id`. Only for a table that has to be created.
     pub partition_by: Vec<String>,
-    /// `device_id`, `event_timestamp desc`: the order that the table declares. Only for a table that has to be created.
+    /// `device_id`, `event_timestamp desc`: the order of the rows in each file. Only for a table that has to be created: an
+    /// existing one keeps its own.
     pub sort_by: Vec<String>,
     /// Only for a table that has to be created.
     pub properties: BTreeMap<String, String>,
@@ -109,7 +114,7 @@ impl IcebergSink {
                 Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
             }
         };
-        let tables = plan::carry_out(catalog.as_ref(), &file_io, pipeline, specs)
+        let tables = plan::carry_out(catalog.as_ref(), pipeline, specs)
             .await?
             .into_iter()
             .zip(specs)
@@ -239,6 +244,8 @@ fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &F
         data_location,
         schema: metadata.current_schema().clone(),
         spec: metadata.default_partition_spec().clone(),
+        order: SortOrder::new(metadata.default_sort_order(), &arrow_schema)
+            .map_err(|e| catalog::iceberg_error("write to", &spec.name, e))?,
         properties: files::writer_properties(&spec.name, properties, &arrow_schema),
         arrow_schema,
         target_file_bytes,

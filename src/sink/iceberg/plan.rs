@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName};
 use super::evolution::{self, Change, Evolution};
-use super::{TableSpec, layout, metadata};
+use super::{TableSpec, layout};
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
 
@@ -72,9 +72,9 @@ pub async fn plan(catalog: Option<&dyn Catalog>, specs: &[TableSpec]) -> Result<
             Some(loaded) => match layout::evolution(spec, &loaded.metadata)? {
                 Evolution::Same => TableStep::Keep,
                 Evolution::Refuse(why) => TableStep::Refuse(refusal(&name, &why)),
-                Evolution::Evolve { changes, schema } => match evolution::apply(loaded, *schema) {
-                    Ok(metadata) => {
-                        evolved = Some(TableChange { table: name.clone(), base: loaded.clone(), metadata });
+                Evolution::Evolve { changes, schema } => match evolution::apply(&name, loaded, *schema) {
+                    Ok(change) => {
+                        evolved = Some(change);
                         TableStep::Evolve(changes)
                     }
                     // Such as a new column with the name of a partition field.
@@ -96,7 +96,6 @@ fn refusal(table: &TableName, why: &str) -> String {
 /// Every table as it has to be, in the order of the specs.
 pub async fn carry_out(
     catalog: &dyn Catalog,
-    file_io: &iceberg::io::FileIO,
     pipeline: &str,
     specs: &[TableSpec],
 ) -> Result<Vec<(TableName, LoadedTable)>, Error> {
@@ -125,11 +124,10 @@ pub async fn carry_out(
         let (plans, changes): (Vec<_>, Vec<_>) = planned.into_iter().filter_map(|p| Some((p.plan, p.evolved?))).unzip();
         match catalog.commit(&changes).await {
             Ok(()) => {
-                for (plan, change) in plans.iter().zip(&changes) {
+                for plan in &plans {
                     if let TableStep::Evolve(changes) = &plan.step {
                         tracing::info!(table = plan.table, changes = evolution::listed(changes), "evolved table");
                     }
-                    metadata::remove_dropped(file_io, &change.base.metadata, &change.metadata).await;
                 }
             }
             Err(CommitError::Conflict(message)) => {

@@ -208,19 +208,13 @@ impl IcebergSink {
         let bound = &self.0.tables[table];
         let failed = |e| iceberg_error("append to", &bound.name, e);
         let properties: HashMap<String, String> = summary.clone().into_iter().collect();
-        let LoadedTable { metadata, metadata_location } = &base.loaded;
+        let metadata = &base.loaded.metadata;
         let mut written = Vec::new();
         let snapshot = self.0.append(bound, metadata, files, properties, &mut written).await.map_err(failed)?;
         let snapshot_id = snapshot.snapshot_id();
-        let metadata = metadata
-            .as_ref()
-            .clone()
-            .into_builder(Some(metadata_location.clone()))
-            .set_branch_snapshot(snapshot, MAIN_BRANCH)
-            .and_then(|builder| builder.build())
-            .map_err(failed)?
-            .metadata;
-        let change = TableChange { table: bound.name.clone(), base: base.loaded.clone(), metadata };
+        let change =
+            TableChange::new(&bound.name, &base.loaded, |builder| builder.set_branch_snapshot(snapshot, MAIN_BRANCH))
+                .map_err(failed)?;
         match self.0.catalog.commit(&[change]).await {
             Ok(()) => Ok(Append::Done { snapshot: snapshot_id }),
             Err(CommitError::Conflict(_)) => {

@@ -219,6 +219,7 @@ impl Catalog for SqliteCatalog {
         }
         outcome?;
         for (change, metadata_location) in changes.iter().zip(locations) {
+            super::metadata::remove_dropped(&self.file_io, &change.base.metadata, &change.metadata).await;
             let metadata = Arc::new(change.metadata.clone());
             self.seen().insert(change.table.clone(), LoadedTable { metadata_location, metadata });
         }

@@ -12,17 +12,17 @@ use tempfile::TempDir;
 use super::*;
 use crate::error::Kind;
 
-const DAY_US: i64 = 86_400_000_000;
+pub(super) const DAY_US: i64 = 86_400_000_000;
 /// 2026-01-01T00:00:00Z.
 const NEW_YEAR_US: i64 = 1_767_225_600_000_000;
 
-struct Fixture {
+pub(super) struct Fixture {
     dir: TempDir,
     query_id: Uuid,
 }
 
 impl Fixture {
-    fn new() -> Fixture {
+    pub(super) fn new() -> Fixture {
         Fixture { dir: tempfile::tempdir().unwrap(), query_id: Uuid::new_v4() }
     }
 
@@ -31,7 +31,7 @@ impl Fixture {
         CatalogConfig::Sqlite { path, warehouse: self.dir.path().join("warehouse").to_str().unwrap().into() }
     }
 
-    async fn open(&self, specs: &[TableSpec]) -> Result<IcebergSink, Error> {
+    pub(super) async fn open(&self, specs: &[TableSpec]) -> Result<IcebergSink, Error> {
         IcebergSink::open(&self.catalog(), self.query_id, "telemetry", specs).await
     }
 
@@ -67,7 +67,7 @@ fn events_schema() -> SchemaRef {
     ]))
 }
 
-fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
+pub(super) fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
     TableSpec {
         name: name.into(),
         schema: events_schema(),
@@ -78,7 +78,7 @@ fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
 }
 
 /// `n` rows from `offset`, `step_us` apart.
-fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
+pub(super) fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
     let range = || offset..offset + n;
     let columns: Vec<ArrayRef> = vec![
         Arc::new(StringArray::from_iter_values(range().map(|i| format!("device-{}", i % 5)))),
@@ -94,7 +94,7 @@ fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
     RecordBatch::try_new(events_schema(), columns).unwrap()
 }
 
-async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<RecordBatch>) -> Vec<DataFile> {
+pub(super) async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<RecordBatch>) -> Vec<DataFile> {
     let mut writer = sink.writer(table, batch, Uuid::new_v4(), 0);
     tokio::task::spawn_blocking(move || {
         rows.iter().for_each(|rows| writer.write(rows).unwrap());
@@ -104,7 +104,7 @@ async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<Recor
     .unwrap()
 }
 
-async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<Vec<DataFile>>) -> BatchCommit {
+pub(super) async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<Vec<DataFile>>) -> BatchCommit {
     BatchCommit {
         marker: Marker { pipeline: "telemetry".into(), batch, plan: format!("sha256:{batch}") },
         tables: sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect(),
@@ -285,17 +285,51 @@ async fn a_conflict_on_one_table_leaves_the_others_untouched() {
     let changes: Vec<_> = before
         .iter()
         .zip(&sink.0.tables)
-        .map(|(base, table)| catalog::TableChange {
-            table: table.name.clone(),
-            base: base.clone(),
-            metadata: base.metadata.as_ref().clone(),
-        })
+        .map(|(base, table)| catalog::TableChange::new(&table.name, base, Ok).unwrap())
         .collect();
     let error = sink.0.catalog.commit(&changes).await.unwrap_err();
     assert!(matches!(error, catalog::CommitError::Conflict(_)), "{error:?}");
     assert_eq!(sink.0.load_all().await.unwrap()[0].metadata_location, before[0].metadata_location);
     let metadata_files = std::fs::read_dir(fixture.dir.path().join("warehouse/telemetry/events/metadata")).unwrap();
     assert_eq!(metadata_files.count(), 1, "metadata of the failed attempt is deleted");
+}
+
+/// What a change requires follows from its updates; applied to the base, they make the metadata that it carries.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_is_the_same_in_both_of_its_forms() {
+    use iceberg::{TableRequirement, TableUpdate};
+
+    let fixture = Fixture::new();
+    let sink = fixture.open(&[spec("t.events", &[])]).await.unwrap();
+    let files = write(&sink, 0, 1, vec![events(0, 10, 1)]).await;
+    let bound = &sink.0.tables[0];
+    let base = sink.0.load_all().await.unwrap().remove(0);
+    let snapshot = sink.0.append(bound, &base.metadata, &files, [].into(), &mut Vec::new()).await.unwrap();
+    let wider = one_column_more(&events_schema(), "fw", DataType::Utf8);
+    let wider = iceberg::arrow::arrow_schema_to_schema_auto_assign_ids(&wider).unwrap();
+    let change = catalog::TableChange::new(&bound.name, &base, |builder| {
+        builder
+            .set_properties([("floe.x".to_string(), "1".to_string())].into())?
+            .set_branch_snapshot(snapshot, "main")?
+            .add_current_schema(wider)
+    })
+    .unwrap();
+
+    let mut builder = base.metadata.as_ref().clone().into_builder(Some(base.metadata_location.clone()));
+    let json = serde_json::to_string(&change.updates).unwrap();
+    for update in serde_json::from_str::<Vec<TableUpdate>>(&json).unwrap() {
+        builder = update.apply(builder).unwrap();
+    }
+    let applied = builder.build().unwrap().metadata;
+    assert_eq!(applied.current_snapshot_id(), change.metadata.current_snapshot_id());
+    assert_eq!(applied.current_schema(), change.metadata.current_schema());
+    assert_eq!(applied.properties(), change.metadata.properties());
+
+    let required = change.requirements();
+    assert_eq!(required.len(), 4, "{required:?}");
+    assert!(required.iter().all(|r| r.check(Some(&base.metadata)).is_ok()));
+    assert!(required.iter().any(|r| matches!(r, TableRequirement::RefSnapshotIdMatch { snapshot_id: None, .. })));
+    assert!(required.iter().any(|r| r.check(Some(&change.metadata)).is_err()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
