@@ -65,7 +65,8 @@ struct Functions {
 impl Functions {
     fn new() -> Self {
         let mut scalar = HashMap::new();
-        for function in datafusion_functions::all_default_functions() {
+        let nested = datafusion_functions_nested::all_default_nested_functions();
+        for function in datafusion_functions::all_default_functions().into_iter().chain(nested) {
             for alias in function.aliases() {
                 scalar.insert(alias.clone(), function.clone());
             }
@@ -101,6 +102,8 @@ impl Functions {
         let aggregate = aggregates.into_iter().map(|f| (f.name().to_string(), f)).collect();
         let planners: Vec<Arc<dyn ExprPlanner>> = vec![
             Arc::new(datafusion_functions::core::planner::CoreFunctionPlanner::default()),
+            Arc::new(datafusion_functions_nested::planner::NestedFunctionPlanner),
+            Arc::new(datafusion_functions_nested::planner::FieldAccessPlanner),
             Arc::new(datafusion_functions::datetime::planner::DatetimeFunctionPlanner),
             Arc::new(datafusion_functions::unicode::planner::UnicodeFunctionPlanner),
         ];
