@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, UInt32Array};
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, UInt32Array};
+use arrow::compute::prep_null_mask_filter;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use arrow::record_batch::RecordBatch;
 use arrow::row::{RowConverter, SortField};
@@ -13,12 +14,14 @@ use super::Error;
 use super::aggregate::{Aggregates, Key, Planner, normalise_column};
 use crate::config::WindowConfig;
 use crate::config::expression::key_name;
-use crate::transform::sql;
+use crate::transform::{self, sql};
+use crate::window::Windowing;
 
-/// Tumbling windows of one size with their group keys and aggregates.
+/// Windows of one kind with their filter, group keys and aggregates.
 pub struct WindowQuery {
     table: String,
-    size_us: i64,
+    windowing: Windowing,
+    filter: Option<Arc<dyn PhysicalExpr>>,
     time_zone: Option<Arc<str>>,
     keys: Vec<Arc<dyn PhysicalExpr>>,
     key_schema: SchemaRef,
@@ -36,10 +39,13 @@ impl WindowQuery {
         let at = |place: &str, message: &str| format!("window table {table}: {place}: {message}");
         let mut errors = Vec::new();
 
-        let size_us = i64::try_from(config.size.as_micros()).unwrap_or(0);
-        if size_us < 1 {
-            errors.push(at("size", "must be at least a microsecond and less than 292,000 years"));
-        }
+        let filter = config.filter.as_ref().and_then(|text| match transform::compile_filter(text, input) {
+            Ok(filter) => Some(filter),
+            Err(e) => {
+                errors.push(at(&format!("filter = {text:?}"), &e));
+                None
+            }
+        });
         let time_zone = match input.field_with_name(event_time).map(Field::data_type) {
             Ok(DataType::Timestamp(TimeUnit::Microsecond, zone)) => zone.clone(),
             Ok(other) => {
@@ -90,10 +96,13 @@ impl WindowQuery {
         let aggregates = planner.finish();
         let state_fields: Vec<Field> = key_fields.iter().cloned().chain(aggregates.state_fields()).collect();
         let keys: Vec<String> = keys.iter().map(|key| format!("{} as {}", key.sql, key.field.data_type())).collect();
-        let definition = format!("{size_us} {event_time}\n{}\n{}", keys.join(", "), aggregates.definition());
+        let filter_text = config.filter.as_ref().map(|filter| format!(" {filter:?}")).unwrap_or_default();
+        let definition =
+            format!("{} {event_time}{filter_text}\n{}\n{}", config.windowing, keys.join(", "), aggregates.definition());
         Ok(WindowQuery {
             table: table.clone(),
-            size_us,
+            windowing: config.windowing.clone(),
+            filter,
             time_zone,
             keys: key_exprs,
             key_schema: Arc::new(Schema::new(key_fields)),
@@ -110,8 +119,17 @@ impl WindowQuery {
         self.output.clone()
     }
 
-    pub fn size_us(&self) -> i64 {
-        self.size_us
+    pub fn windowing(&self) -> &Windowing {
+        &self.windowing
+    }
+
+    /// Which rows the filter keeps, and on how many it failed; these are left out. None: it keeps all.
+    pub(super) fn filter(&self, batch: &RecordBatch) -> DataFusionResult<(Option<BooleanArray>, u64)> {
+        let Some(filter) = &self.filter else { return Ok((None, 0)) };
+        let (keep, failed) = sql::evaluate_or_null(filter, batch, &DataType::Boolean)?;
+        let keep = keep.as_boolean();
+        let keep = if keep.null_count() > 0 { prep_null_mask_filter(keep) } else { keep.clone() };
+        Ok(((keep.true_count() < keep.len()).then_some(keep), failed))
     }
 
     /// The table that its windows go to.

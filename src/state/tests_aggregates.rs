@@ -185,6 +185,10 @@ fn every_function_by_hand() {
         ("sum(x) filter (where b) / nullif(count(*), 0)", "2.4"),
         ("sum(x * 2 + 1) - 4", "40.0"),
         ("coalesce(sum(n) filter (where n > 100), -1)", "-1"),
+        (
+            "cast(count(b) as varchar) || bool_and(b) || count(*) filter (where b) || count(*) filter (where b)",
+            "4false22",
+        ),
         ("case when count(*) > 3 then 'many' else 'few' end", "many"),
         ("round(avg(x), 1) + max(n)", "13.0"),
         ("min(x) = max(x)", "false"),

@@ -372,11 +372,9 @@ impl<'a> Planner<'a> {
         let filter = self.scope.simplify(filter)?;
         match self.scope.data_type(&filter)? {
             DataType::Boolean => {
-                let index = self.argument(filter, DataType::Boolean, None)?;
-                if let Some(argument) = self.arguments.get_mut(index) {
-                    argument.filter = true;
-                }
-                Ok(index)
+                let definition = format!("{filter}");
+                let physical = self.scope.physical(&filter)?;
+                Ok(self.known_or_new(Argument::new(physical, definition, DataType::Boolean, None, true)))
             }
             other => Err(format!("FILTER (WHERE ...) is true or false, this is of type {other}")),
         }
@@ -385,14 +383,15 @@ impl<'a> Planner<'a> {
     /// Index of an argument, which is added unless it is known.
     fn argument(&mut self, expr: Expr, data_type: DataType, widen: Option<DataType>) -> Result<usize, String> {
         let definition = format!("{expr} as {data_type}");
-        let physical: Arc<dyn PhysicalExpr> = self.scope.physical(&expr)?;
-        let same = |known: &Argument| known.expr.eq(&physical) && known.data_type == data_type && known.widen == widen;
-        if let Some(index) = self.arguments.iter().position(|known| same(known) && !known.filter) {
-            return Ok(index);
-        }
-        let constant = physical.as_any().is::<Literal>();
-        self.arguments.push(Argument { expr: physical, definition, data_type, widen, constant, filter: false });
-        Ok(self.arguments.len() - 1)
+        let physical = self.scope.physical(&expr)?;
+        Ok(self.known_or_new(Argument::new(physical, definition, data_type, widen, false)))
+    }
+
+    fn known_or_new(&mut self, argument: Argument) -> usize {
+        self.arguments.iter().position(|known| known.same(&argument)).unwrap_or_else(|| {
+            self.arguments.push(argument);
+            self.arguments.len() - 1
+        })
     }
 
     fn accumulator(&mut self, kind: Kind, arguments: Vec<usize>, filter: Option<usize>, state: Vec<DataType>) -> usize {
@@ -405,6 +404,27 @@ impl<'a> Planner<'a> {
             self.accumulators.push(Accumulator { kind, arguments, filter, state, definition });
             self.accumulators.len() - 1
         })
+    }
+}
+
+impl Argument {
+    fn new(
+        expr: Arc<dyn PhysicalExpr>,
+        definition: String,
+        data_type: DataType,
+        widen: Option<DataType>,
+        filter: bool,
+    ) -> Argument {
+        let constant = expr.as_any().is::<Literal>();
+        Argument { expr, definition, data_type, widen, constant, filter }
+    }
+
+    /// A filter is not the same as a column of booleans: null is false in it.
+    fn same(&self, other: &Argument) -> bool {
+        self.expr.eq(&other.expr)
+            && self.data_type == other.data_type
+            && self.widen == other.widen
+            && self.filter == other.filter
     }
 }
 
