@@ -14,8 +14,9 @@ use datafusion_physical_expr::aggregate::AggregateExprBuilder;
 use datafusion_physical_expr::expressions::{PhysicalSortExpr, col};
 use proptest::prelude::*;
 
+use super::stored_tests::Disk;
 use super::tests::{MINUTE, NEVER, bits, close_all, config, lane};
-use super::{Delta, Lane, StateStore, WindowQuery, compact};
+use super::{Lane, StateStore, WindowQuery};
 
 fn schema() -> SchemaRef {
     let utc = DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into()));
@@ -443,7 +444,7 @@ fn rows(max: usize) -> impl Strategy<Value = Vec<Row>> {
 }
 
 /// Batches of lanes of rows, cut into chunks of the given size and run through a store; before every batch, the store may be
-/// recovered from its deltas, or from a run of them.
+/// recovered from its deltas, or from a compaction of them.
 fn through(
     queries: &Arc<[WindowQuery]>,
     rows: &[Row],
@@ -453,8 +454,8 @@ fn through(
     recover: u8,
 ) -> Vec<RecordBatch> {
     let all = batch(rows);
-    let mut store = StateStore::new(queries.clone());
-    let mut deltas: Vec<Delta> = Vec::new();
+    let mut disk = Disk::new(queries.clone());
+    let mut store = disk.recover(u64::MAX).unwrap();
     for b in 0..batches {
         let (from, to) = (rows.len() * b / batches, rows.len() * (b + 1) / batches);
         let part = |l: usize| -> Lane {
@@ -462,14 +463,15 @@ fn through(
             let chunks = (from..to).step_by(chunk).map(|at| all.slice(at, chunk.min(to - at)));
             lane(queries, &chunks.collect::<Vec<_>>(), NEVER)
         };
-        deltas.push(store.merge_lanes((0..lanes).map(part).collect(), NEVER, 2).unwrap());
-        if recover == 2 {
-            let files: Vec<&[u8]> = deltas.iter().map(|d| d.bytes.as_slice()).collect();
-            deltas = vec![compact(queries.clone(), &files, NEVER).unwrap()];
+        disk.run(&mut store, (0..lanes).map(part).collect(), NEVER);
+        if recover == 2
+            && let Some(compacted) = disk.compact(&store)
+        {
+            store.adopt(compacted);
+            disk.committed = store.files();
         }
         if recover > 0 {
-            store = StateStore::new(queries.clone());
-            deltas.iter().for_each(|d| store.apply(&d.bytes, NEVER).unwrap());
+            store = disk.recover(u64::MAX).unwrap();
         }
     }
     close_all(&mut store).0

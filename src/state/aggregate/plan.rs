@@ -382,7 +382,14 @@ impl<'a> Planner<'a> {
 
     /// Index of an argument, which is added unless it is known.
     fn argument(&mut self, expr: Expr, data_type: DataType, widen: Option<DataType>) -> Result<usize, String> {
-        let definition = format!("{expr} as {data_type}");
+        // An int that has become a long in the schema is the same number.
+        let mut meant = &expr;
+        while let Expr::Cast(cast) = meant
+            && matches!(self.scope.data_type(&cast.expr)?, DataType::Int32 | DataType::Float32)
+        {
+            meant = &cast.expr;
+        }
+        let definition = format!("{meant} as {data_type}");
         let physical = self.scope.physical(&expr)?;
         Ok(self.known_or_new(Argument::new(physical, definition, data_type, widen, false)))
     }
