@@ -112,7 +112,19 @@ pub const SETTINGS: &[Setting] = &[
     absent("dead_letters.topic", Kind::Text),
     default("catalog.type", Kind::Text, "sqlite"),
     default("catalog.path", Kind::Text, "data/catalog.db"),
+    // For sqlite; a REST catalog is asked for its own default.
     default("catalog.warehouse", Kind::Text, "data/warehouse"),
+    absent("catalog.uri", Kind::Text),
+    absent("catalog.token", Kind::Text),
+    absent("catalog.credential", Kind::Text),
+    default("catalog.scope", Kind::Text, "catalog"),
+    absent("catalog.oauth2_server_uri", Kind::Text),
+    absent("catalog.headers", Kind::Map),
+    absent("catalog.ca_file", Kind::Text),
+    default("catalog.sigv4", Kind::Boolean, "false"),
+    // That of the environment.
+    absent("catalog.signing_region", Kind::Text),
+    default("catalog.signing_name", Kind::Text, "execute-api"),
     // checkpoints/<name>
     absent("checkpoint.location", Kind::Text),
     default("http.listen", Kind::Text, "127.0.0.1:8080"),

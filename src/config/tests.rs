@@ -168,7 +168,7 @@ fn a_minimal_file_takes_every_default() {
     assert!(c.event_time.is_none());
     assert!(c.rows.unwrap().provenance);
     assert_eq!(c.dead_letters.table, "telemetry.dead_letters");
-    let CatalogConfig::Sqlite { path, warehouse } = c.catalog;
+    let CatalogConfig::Sqlite { path, warehouse } = c.catalog else { panic!() };
     assert_eq!((path.to_str().unwrap(), warehouse.as_str()), ("data/catalog.db", "data/warehouse"));
     assert_eq!(c.checkpoint_location, "checkpoints/telemetry");
     assert_eq!(c.http.listen, Some("127.0.0.1:8080".parse().unwrap()));
@@ -566,7 +566,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "device_id = \"count(*)\"",
         "pipeline.toml:43: windows.0.aggregates: \"device_id\" would be in the table twice",
     ),
-    ("type = \"sqlite\"", "type = \"rest\"", "pipeline.toml:52: catalog.type: \"rest\" comes with a later version"),
+    ("type = \"sqlite\"", "type = \"rest\"", "pipeline.toml:53: catalog.path: is for catalog.type = \"sqlite\""),
     ("type = \"sqlite\"", "type = \"hive\"", "pipeline.toml:52: catalog.type: found \"hive\", allowed is \"sqlite\""),
     (
         "s3://bucket/warehouse",
@@ -796,9 +796,9 @@ fn mistakes_in_quality() {
 
 #[test]
 fn the_guarantee_follows_from_the_configuration() {
-    assert_eq!(load_ok(MINIMAL).guarantee(), "exactly once; 2 tables appear together (sqlite)");
+    assert_eq!(load_ok(MINIMAL).guarantee(None), "exactly once; 2 tables appear together (sqlite)");
     let text = FULL.replace("\"session.timeout.ms\" = 45000", "\"isolation.level\" = \"read_uncommitted\"");
-    let guarantee = load_ok(&text).guarantee();
+    let guarantee = load_ok(&text).guarantee(None);
     assert!(guarantee.contains("aborted transactions included, but offsets that expire"), "{guarantee}");
 }
 

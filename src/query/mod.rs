@@ -57,7 +57,7 @@ pub async fn run_observed(
     on_batch: impl Fn(&BatchProgress) + Send + Sync + 'static,
 ) -> Result<(), Error> {
     let pipeline = Pipeline::compile(&config).map_err(|problems| Error::Compile(problems.join("\n")))?;
-    let guarantee = config.guarantee();
+    let guarantee = config.guarantee(None);
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();

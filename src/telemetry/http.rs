@@ -121,7 +121,7 @@ fn write_page(out: &mut String, query: &super::Shared, health: &Health, now_ms: 
     write!(
         out,
         "<p class=dim>{} · since {} · Floe {}",
-        escape(&query.guarantee),
+        escape(&health.guarantee),
         rfc3339(health.since_ms),
         env!("CARGO_PKG_VERSION")
     )?;

@@ -40,6 +40,8 @@ mod quality;
 mod random_kills;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
+/// REST catalogs: exactly once whatever becomes of a request; evolution, permissions, tokens.
+mod rest;
 /// The checkpoint on an S3-compatible store.
 mod s3;
 /// Nested types, decimals and times reach other readers as they were written; any keyword is held to.
