@@ -61,12 +61,25 @@ impl RestAuth {
     }
 }
 
+impl fmt::Debug for RestAuth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RestAuth::None | RestAuth::Token(_) => f.write_str(self.name()),
+            RestAuth::Client { id, secret: _, scope, server } => {
+                let server = server.as_ref().map(Url::as_str);
+                write!(f, "{} {id:?} scope {scope:?} server {server:?}", self.name())
+            }
+            RestAuth::SigV4 { region, service } => write!(f, "{} region {region:?} service {service:?}", self.name()),
+        }
+    }
+}
+
 impl fmt::Debug for RestConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RestConfig")
             .field("uri", &self.uri.as_str())
             .field("warehouse", &self.warehouse)
-            .field("auth", &self.auth.name())
+            .field("auth", &self.auth)
             .field("headers", &self.headers.keys().collect::<Vec<_>>())
             .field("ca_file", &self.ca_file)
             .finish()

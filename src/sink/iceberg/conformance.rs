@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use iceberg::TableCreation;
-use iceberg::spec::{NestedField, PrimitiveType, Schema, Type};
+use iceberg::spec::{
+    NestedField, NullOrder, PrimitiveType, Schema, SortDirection, SortField, SortOrder, Transform, Type,
+    UnboundPartitionSpec,
+};
 
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName};
 
@@ -15,7 +18,21 @@ fn schema(columns: &[&str]) -> Schema {
 }
 
 fn creation(columns: &[&str]) -> TableCreation {
-    TableCreation::builder().name("t".into()).schema(schema(columns)).properties([("a".into(), "1".into())]).build()
+    let spec =
+        UnboundPartitionSpec::builder().add_partition_field(1, "x_bucket", Transform::Bucket(4)).unwrap().build();
+    let order = SortField::builder()
+        .source_id(1)
+        .transform(Transform::Identity)
+        .direction(SortDirection::Descending)
+        .null_order(NullOrder::Last)
+        .build();
+    TableCreation::builder()
+        .name("t".into())
+        .schema(schema(columns))
+        .partition_spec(spec)
+        .sort_order(SortOrder::builder().with_order_id(1).with_sort_field(order).build_unbound().unwrap())
+        .properties([("a".into(), "1".into())])
+        .build()
 }
 
 fn new_schema(table: &TableName, base: &LoadedTable, columns: &[&str]) -> TableChange {
@@ -39,6 +56,10 @@ pub async fn conforms(catalog: &dyn Catalog, namespace: &str) {
     let created = catalog.create(&one, creation(&["x"])).await.unwrap();
     let again = catalog.create(&one, creation(&["x", "y"])).await.unwrap();
     assert_eq!(again.metadata.uuid(), created.metadata.uuid());
+    let partitioning = created.metadata.default_partition_spec().fields();
+    assert_eq!((partitioning.len(), partitioning[0].transform), (1, Transform::Bucket(4)));
+    let order = &created.metadata.default_sort_order().fields;
+    assert_eq!((order.len(), order[0].direction), (1, SortDirection::Descending));
     assert_eq!((columns(&again), created.metadata.properties()["a"].as_str()), (1, "1"));
     let loaded = catalog.load(&one).await.unwrap().unwrap();
     assert_eq!(loaded.metadata, created.metadata);
