@@ -29,6 +29,7 @@ use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
 use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
+use crate::late;
 use crate::pipeline::Pipeline;
 use crate::quality::{Expectations, Violation};
 use crate::sink::iceberg::{IcebergSink, TableWriter};
@@ -283,6 +284,13 @@ impl<'a> Job<'a> {
                 writers.write(table, &rows)?;
             } else {
                 writers.write(table, &batch)?;
+            }
+        }
+        let (event_time, watermark_ms) = (self.pipeline.event_time, self.plan.watermarks.late_ms);
+        for (query, table) in self.pipeline.queries.iter().zip(&self.pipeline.late_rows) {
+            let Some(table) = *table else { continue };
+            for late in query.late_rows(&batch, event_time, watermark_ms)? {
+                writers.write(table, &late::rows(query.table(), late, watermark_ms, &batch, chunk, &records)?)?;
             }
         }
         if !self.pipeline.windows.is_empty() {

@@ -10,7 +10,8 @@
 //! - [`schema`], [`decode`]: JSON Schema to columns; payloads to columns or dead letters.
 //! - [`transform`]: SQL filter and derived columns.
 //! - [`quality`]: expectations on rows; the circuit breaker on refused records.
-//! - [`window`], [`state`]: window assignment and the watermark; open windows and their groups.
+//! - [`window`], [`state`], [`late`]: window assignment and the watermark; open windows and their groups; rows too late for
+//!   them.
 //! - [`sink`], [`dead_letter`]: Iceberg tables; what becomes of records that were refused. librdkafka is used in
 //!   [`source::kafka`] and [`sink::kafka`] and nowhere else.
 //! - [`config`], [`cli`]: what the user writes; one file a subcommand.
@@ -26,6 +27,7 @@ pub mod decode;
 pub mod error;
 pub mod execute;
 pub mod failpoint;
+pub mod late;
 pub mod pipeline;
 pub mod quality;
 pub mod query;

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::dead_letter;
 use crate::decode::registry::Registry;
 use crate::execute;
+use crate::late;
 use crate::quality::Expectations;
 use crate::schema::Schema;
 use crate::sink::iceberg::TableSpec;
@@ -36,6 +37,8 @@ pub struct Pipeline {
     pub provenance: bool,
     /// By window query.
     pub windows: Vec<usize>,
+    /// By window query: where its late rows are kept, if they are.
+    pub late_rows: Vec<Option<usize>>,
     pub dead_letters: usize,
     pub workers: usize,
 }
@@ -64,7 +67,7 @@ impl Pipeline {
         let event_time_name = config.event_time.as_ref().map_or("", |e| e.column.as_str());
 
         let mut tables = Vec::new();
-        let mut add = |table: &crate::config::TableConfig, schema: SchemaRef| {
+        let add = |tables: &mut Vec<TableSpec>, table: &crate::config::TableConfig, schema: SchemaRef| {
             tables.push(TableSpec {
                 name: table.table.clone(),
                 schema,
@@ -76,19 +79,24 @@ impl Pipeline {
         };
         let provenance = config.rows.as_ref().is_some_and(|r| r.provenance);
         let rows_schema = execute::rows_schema(&columns, provenance);
-        let rows = config.rows.as_ref().map(|t| add(t, rows_schema.clone()));
+        let rows = config.rows.as_ref().map(|t| add(&mut tables, t, rows_schema.clone()));
         let mut queries = Vec::new();
         let mut windows = Vec::new();
+        let mut late_rows = Vec::new();
         for window in &config.windows {
             match WindowQuery::compile(window, &columns, event_time_name) {
                 Ok(query) => {
-                    windows.push(add(&window.table, query.output_schema()));
+                    windows.push(add(&mut tables, &window.table, query.output_schema()));
+                    late_rows.push(window.late_table.as_ref().map(|late| {
+                        let shared = tables.iter().position(|table| table.name == late.table);
+                        shared.unwrap_or_else(|| add(&mut tables, late, late::schema(&columns)))
+                    }));
                     queries.push(query);
                 }
                 Err(e) => errors.extend(e),
             }
         }
-        let dead_letters = add(&config.dead_letters, dead_letter::arrow_schema());
+        let dead_letters = add(&mut tables, &config.dead_letters, dead_letter::arrow_schema());
         let registry = config.registry.as_ref().map(Registry::new).transpose().unwrap_or_else(|e| {
             errors.push(e);
             None
@@ -110,6 +118,7 @@ impl Pipeline {
             rows_schema,
             provenance,
             windows,
+            late_rows,
             dead_letters,
             workers: config.execution.workers,
         })

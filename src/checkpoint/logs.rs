@@ -34,13 +34,14 @@ pub struct Counts {
     pub dead_letters: BTreeMap<String, u64>,
     /// Rows that failed an expectation, by its name; a row may fail several.
     pub expectations: BTreeMap<String, u64>,
-    /// Rows behind the watermark, by window table.
+    /// How often a row missed a window that was closed, by window table; a row of several windows may miss some of them.
     pub late: BTreeMap<String, u64>,
     /// Rows of closed windows, by window table.
     pub windows: BTreeMap<String, u64>,
     /// Rows whose event time is null: in no window.
     pub without_event_time: u64,
-    /// Values that an aggregate took as null because its expression failed on the row, as a division by zero does.
+    /// Values that an aggregate or the filter of a window took as null because the expression failed on the row, as a
+    /// division by zero does.
     pub failed_values: u64,
     /// The latest event time among the rows, late ones included.
     pub max_event_time_us: Option<i64>,

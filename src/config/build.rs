@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arrow::datatypes::DataType;
 
 use super::error::{ConfigError, Place};
 use super::read::Reader;
 use super::*;
+use crate::late;
 use crate::retry::{Deadlines, Strategy};
+use crate::window::Windowing;
 
 /// Properties of librdkafka that decide whether records are read exactly once, or that a setting of Floe stands for.
 pub const OWNED_PROPERTIES: &[(&str, &str)] = &[
@@ -309,8 +310,7 @@ fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {
     if let Some(table) = &table
         && !is_table_name(table)
     {
-        let allowed = "allowed is namespace.table, each of letters, digits, '_' and '-'";
-        r.error(&key, format!("found {table:?}, {allowed}"));
+        r.error(&key, format!("found {table:?}, {TABLE_NAME}"));
     }
     TableConfig {
         table: table.unwrap_or_default(),
@@ -320,6 +320,8 @@ fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {
         provenance: section == "rows" && r.boolean("rows.provenance").unwrap_or(true),
     }
 }
+
+const TABLE_NAME: &str = "allowed is namespace.table, each of letters, digits, '_' and '-'";
 
 fn is_table_name(text: &str) -> bool {
     let part = |p: &str| is_plain(p, 255) && !p.contains('.');
@@ -334,26 +336,65 @@ fn windows(r: &mut Reader<'_>) -> Vec<WindowConfig> {
             break;
         }
         let table = table(r, &section);
-        let key = format!("{section}.size");
-        r.required(&key);
-        let size = r.duration(&key);
-        if size.is_some_and(|s| s.is_zero()) {
-            r.error(&key, "found 0, allowed is a duration above 0");
-        }
+        let windowing = windowing(r, &section);
+        let late_table = late_table(r, &section, &table);
         let key = format!("{section}.aggregates");
         let before = r.errors.len();
         let aggregates = r.map(&key);
         if aggregates.is_empty() && r.errors.len() == before {
             r.error(&key, "name at least one: events = \"count(*)\"");
         }
-        windows.push(WindowConfig {
-            table,
-            size: size.unwrap_or(Duration::from_secs(1)),
-            group_by: r.list(&format!("{section}.group_by")),
-            aggregates,
-        });
+        let group_by = r.list(&format!("{section}.group_by"));
+        let filter = r.text(&format!("{section}.filter"));
+        // Without a windowing there is an error, and with an error no configuration.
+        let Some(windowing) = windowing else { continue };
+        windows.push(WindowConfig { table, windowing, filter, late_table, group_by, aggregates });
     }
     windows
+}
+
+fn windowing(r: &mut Reader<'_>, section: &str) -> Option<Windowing> {
+    let size = format!("{section}.size");
+    r.required(&size);
+    let size = r.duration(&size);
+    let before = r.errors.len();
+    let slide = r.duration(&format!("{section}.slide"));
+    let start = r.duration(&format!("{section}.start")).unwrap_or_default();
+    let time_zone = r.text(&format!("{section}.time_zone"));
+    let sound = r.errors.len() == before;
+    match Windowing::new(size?, slide, start, time_zone.as_deref()) {
+        Ok(windowing) => Some(windowing).filter(|_| sound),
+        Err(problems) => {
+            for (key, problem) in problems {
+                r.error(&format!("{section}.{key}"), problem);
+            }
+            None
+        }
+    }
+}
+
+/// Late rows always say where they are from, whatever the rows table does.
+fn late_table(r: &mut Reader<'_>, section: &str, of: &TableConfig) -> Option<TableConfig> {
+    let key = format!("{section}.late");
+    let keeps = match r.text(&key).as_deref() {
+        Some("table") => true,
+        Some("drop") | None => false,
+        Some(other) => {
+            r.error(&key, format!("found {other:?}, allowed are \"drop\", \"table\""));
+            return None;
+        }
+    };
+    let key = format!("{section}.late_table");
+    let named = r.text(&key);
+    if named.is_some() && !keeps {
+        r.error(&key, "has no meaning without late = \"table\"");
+    }
+    let table = named.unwrap_or_else(|| format!("{}_late", of.table));
+    if r.has(&key) && !is_table_name(&table) {
+        r.error(&key, format!("found {table:?}, {TABLE_NAME}"));
+    }
+    let properties = Default::default();
+    keeps.then_some(TableConfig { table, partition_by: Vec::new(), sort_by: Vec::new(), properties, provenance: true })
 }
 
 fn dead_letters(r: &mut Reader<'_>, rows: Option<&TableConfig>, windows: &[WindowConfig]) -> TableConfig {
@@ -477,6 +518,8 @@ fn execution(r: &mut Reader<'_>) -> ExecutionConfig {
     ExecutionConfig { workers, buffer_bytes, shutdown_timeout }
 }
 
+const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
+
 /// Columns are named where they exist and not twice.
 fn check_columns(r: &mut Reader<'_>, config: &Config) {
     let fields: Vec<&str> = config.schema.arrow.fields().iter().map(|f| f.name().as_str()).collect();
@@ -490,7 +533,7 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
     if let Some(rows) = &config.rows {
         let mut all = columns.clone();
         if rows.provenance {
-            for provenance in ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"] {
+            for provenance in PROVENANCE {
                 if all.contains(&provenance) {
                     let problem = format!("{provenance} is already a column; rename it, or set provenance = false");
                     r.error("rows.provenance", problem);
@@ -534,6 +577,12 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
             output.push(name);
         }
         check_layout(r, &format!("windows.{index}"), &window.table, &output);
+        if window.late_table.is_some() {
+            for added in late::COLUMNS.iter().chain(&PROVENANCE).filter(|added| columns.contains(added)) {
+                let problem = format!("late rows get a column {added}, which there is already; rename it");
+                r.error(&format!("windows.{index}.late"), problem);
+            }
+        }
     }
     let dead = [
         "reason",
@@ -575,6 +624,13 @@ fn check_tables(r: &mut Reader<'_>, config: &Config) {
     let windows = config.windows.iter().enumerate();
     tables.extend(windows.map(|(i, w)| (format!("windows.{i}.table"), w.table.table.as_str())));
     tables.push(("dead_letters.table".into(), &config.dead_letters.table));
+    for (index, window) in config.windows.iter().enumerate() {
+        let Some(late) = &window.late_table else { continue };
+        // Late rows of all windows look the same: they may share a table.
+        if !config.windows[..index].iter().any(|w| w.late_table.as_ref() == Some(late)) {
+            tables.push((format!("windows.{index}.late_table"), &late.table));
+        }
+    }
     for (index, (key, table)) in tables.iter().enumerate() {
         if let Some((other, _)) = tables[..index].iter().find(|(_, t)| t == table && !table.is_empty()) {
             r.error(key, format!("{table:?} is also {other}; every table needs a name of its own"));

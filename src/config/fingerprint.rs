@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Config, TableConfig};
+use super::{Config, TableConfig, WindowConfig};
 
 /// SHA-256 over a canonical form. In it: schema document, the column of what it leaves open, whether there is a registry, transform,
 /// expectations, event time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how
@@ -23,12 +23,7 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
             "max_future_ms": e.max_future.map(|d| d.as_millis() as u64),
         })),
         "rows": config.rows.as_ref().map(|t| json!([table(t), t.provenance])),
-        "windows": config.windows.iter().map(|w| json!({
-            "table": table(&w.table),
-            "size_ms": w.size.as_millis() as u64,
-            "group_by": w.group_by,
-            "aggregates": w.aggregates,
-        })).collect::<Vec<_>>(),
+        "windows": config.windows.iter().map(window).collect::<Vec<_>>(),
         "dead_letters": table(&config.dead_letters),
     });
     // Only where it is set, so that checkpoints from before there was the setting go on.
@@ -43,6 +38,27 @@ pub fn fingerprint(config: &Config, schema_document: &str) -> String {
         meaning["expectations"] = expectations.iter().map(|e| json!([e.name, e.sql, e.on_fail.name()])).collect();
     }
     Sha256::digest(meaning.to_string()).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// What there has not always been is only there where it is set.
+fn window(window: &WindowConfig) -> Value {
+    let mut meaning = json!({
+        "table": table(&window.table),
+        "size_ms": window.windowing.size().as_millis() as u64,
+        "group_by": window.group_by,
+        "aggregates": window.aggregates,
+    });
+    let windowing = window.windowing.to_string();
+    if windowing != (window.windowing.size().as_millis() * 1000).to_string() {
+        meaning["windowing"] = windowing.into();
+    }
+    if let Some(filter) = &window.filter {
+        meaning["filter"] = filter.as_str().into();
+    }
+    if let Some(late) = &window.late_table {
+        meaning["late_table"] = table(late).into();
+    }
+    meaning
 }
 
 fn table(table: &TableConfig) -> &str {

@@ -34,6 +34,7 @@ pub use registry::RegistryConfig;
 use crate::batch::Offsets;
 use crate::schema::Schema;
 use crate::trigger::Trigger;
+use crate::window::Windowing;
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -92,9 +93,14 @@ pub fn parse(text: &str, path: &Path, env: &BTreeMap<String, String>) -> Result<
 }
 
 impl Config {
-    /// Every table of the pipeline: rows, windows, dead letters.
+    /// Every table of the pipeline, each once: rows, windows and their late rows, dead letters.
     pub fn tables(&self) -> impl Iterator<Item = &TableConfig> {
-        self.rows.iter().chain(self.windows.iter().map(|w| &w.table)).chain(std::iter::once(&self.dead_letters))
+        let windows = self.windows.iter().enumerate().flat_map(|(index, window)| {
+            let shared =
+                |late: &&TableConfig| self.windows[..index].iter().any(|w| w.late_table.as_ref() == Some(late));
+            std::iter::once(&window.table).chain(window.late_table.as_ref().filter(|late| !shared(late)))
+        });
+        self.rows.iter().chain(windows).chain(std::iter::once(&self.dead_letters))
     }
 
     /// What a reader of the tables may rely on, as it follows from the configuration and from what a REST catalog offers:
@@ -237,7 +243,7 @@ pub struct EventTimeConfig {
     pub max_future: Option<Duration>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TableConfig {
     /// `namespace.table`
     pub table: String,
@@ -251,7 +257,11 @@ pub struct TableConfig {
 #[derive(Clone, Debug)]
 pub struct WindowConfig {
     pub table: TableConfig,
-    pub size: Duration,
+    pub windowing: Windowing,
+    /// SQL over the columns of a row: the rows that the windows are made of. None: all.
+    pub filter: Option<String>,
+    /// Where late rows are kept. None: they are only counted. Windows may share one.
+    pub late_table: Option<TableConfig>,
     pub group_by: Vec<String>,
     /// Output column and SQL aggregate, in the order of the file.
     pub aggregates: Vec<(String, String)>,

@@ -208,7 +208,7 @@ fn a_full_file_is_read_as_it_is_written() {
     assert_eq!(rows.sort_by, ["device_id desc"]);
     assert_eq!(rows.properties["write.parquet.compression-codec"], "zstd");
     assert!(!rows.provenance);
-    assert_eq!(c.windows[0].size, Duration::from_secs(60));
+    assert_eq!(c.windows[0].windowing.size(), Duration::from_secs(60));
     assert_eq!(c.windows[0].group_by, ["device_id", "battery_low"]);
     assert_eq!(c.windows[0].aggregates[0], ("events".into(), "count(*)".into()));
     assert_eq!(c.windows[0].aggregates[1], ("battery_avg".into(), "avg(battery_level)".into()));
@@ -257,6 +257,10 @@ fn other_value(key: &str) -> &'static str {
         "dead_letters.topic" => "refused",
         "rows.provenance" => "true",
         "windows.*.group_by" => "device_id, status",
+        "windows.*.time_zone" => "Europe/Berlin",
+        "windows.*.filter" => "status = 'ok'",
+        "windows.*.late" => "drop",
+        "windows.*.late_table" => "telemetry.too_late",
         "quality.expect.*.name" => "level",
         "quality.expect.*.sql" => "battery_level > 1",
         "quality.expect.*.on_fail" => "fail",
@@ -325,7 +329,8 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
         SCHEMA.replace("\"status\"", "\"other_time\": {\"type\": \"string\", \"format\": \"date-time\"}, \"status\"");
     let registry =
         "registry = \"http://r\"\nregistry_username = \"me\"\nregistry_password = \"hunter2\"\n[transform]\n";
-    let full = FULL.replace("[transform]\n", registry);
+    let windows = "size = \"1 day\"\nlate = \"table\"";
+    let full = FULL.replace("[transform]\n", registry).replace("size = \"1 minute\"", windows);
     let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
@@ -457,7 +462,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "[trigger]\nzzzzzzzz = 1",
         "pipeline.toml:17: trigger.zzzzzzzz: unknown key; allowed here: interval, available_now",
     ),
-    ("size = \"1 minute\"", "size = \"1 minute\"\nslide = 1", "pipeline.toml:40: windows.0.slide: unknown key"),
+    ("size = \"1 minute\"", "size = \"1 minute\"\nhop = 1", "pipeline.toml:40: windows.0.hop: unknown key"),
     (
         "topics = [\"telemetry\", \"more\"]",
         "topics = 5",
@@ -604,6 +609,56 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "size = \"1 minute\"",
         "size = \"0 minutes\"",
         "pipeline.toml:39: windows.0.size: found 0, allowed is a duration above 0",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nslide = \"7 minutes\"",
+        "pipeline.toml:40: windows.0.slide: is longer than size: rows between two windows would be in none",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nslide = \"2 ms\"",
+        "pipeline.toml:40: windows.0.slide: puts every row into 30000 windows; allowed are up to 10000",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nstart = \"1 minute\"",
+        "pipeline.toml:40: windows.0.start: must be shorter than size",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 day\"\ntime_zone = \"Germany\"",
+        "pipeline.toml:40: windows.0.time_zone: found \"Germany\", allowed is a name of the IANA time zone database",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\ntime_zone = \"Europe/Berlin\"",
+        "pipeline.toml:39: windows.0.size: must be whole days or weeks in a time_zone",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nfilter = \"battery_level\"",
+        "pipeline.toml:40: windows.0.filter: \"battery_level\": a filter is true or false",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nlate = \"keep\"",
+        "pipeline.toml:40: windows.0.late: found \"keep\", allowed are \"drop\", \"table\"",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nlate_table = \"telemetry.late\"",
+        "pipeline.toml:40: windows.0.late_table: has no meaning without late = \"table\"",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nlate = \"table\"\nlate_table = \"telemetry.events\"",
+        "pipeline.toml:41: windows.0.late_table: \"telemetry.events\" is also rows.table",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\nlate = \"table\"\nlate_table = \"late\"",
+        "pipeline.toml:41: windows.0.late_table: found \"late\", allowed is namespace.table",
     ),
     ("size = \"1 minute\"\n", "", "pipeline.toml:37: windows.0.size: is required: a duration such as"),
     (

@@ -12,8 +12,9 @@ pub fn duration(text: &str) -> Option<Duration> {
     while !rest.is_empty() {
         let (number, after) = leading_number(rest)?;
         let after = after.trim_start();
-        let end = after.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(after.len());
+        let end = after.find(|c: char| !c.is_alphabetic()).unwrap_or(after.len());
         let one = match after[..end].to_ascii_lowercase().as_str() {
+            "us" | "µs" | "microsecond" | "microseconds" => Duration::from_micros(1),
             "ms" | "msec" | "msecs" | "millisecond" | "milliseconds" => Duration::from_millis(1),
             "s" | "sec" | "secs" | "second" | "seconds" => Duration::from_secs(1),
             "m" | "min" | "mins" | "minute" | "minutes" => Duration::from_secs(60),
@@ -84,6 +85,8 @@ mod tests {
             ("1 minute", Some(60_000)),
             ("500 ms", Some(500)),
             ("500ms", Some(500)),
+            ("2000 us", Some(2)),
+            ("1 ms 1000µs", Some(2)),
             ("10s", Some(10_000)),
             ("1 Hour 30 Minutes", Some(5_400_000)),
             ("2 days", Some(172_800_000)),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::array::AsArray;
-use arrow::datatypes::{Int32Type, Int64Type, TimestampMicrosecondType};
+use arrow::datatypes::{Int32Type, Int64Type};
 use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
 use uuid::Uuid;
@@ -79,9 +79,9 @@ pub struct Report {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Late {
     pub table: String,
-    /// Rows whose window is closed, and written.
+    /// How often a row missed a window that is closed, and written.
     pub closed: u64,
-    /// Rows whose window is still open.
+    /// How often one missed a window that is still open.
     pub open: u64,
 }
 
@@ -380,7 +380,7 @@ impl Work {
         for rejection in &rejected {
             *self.report.failed.entry(rejection.reason.code().to_string()).or_default() += 1;
         }
-        self.count_late(&batch);
+        self.count_late(&batch)?;
         for &record in &records {
             let offset = chunk.records[record as usize].offset;
             insert(&mut self.written, &chunk.topic, chunk.partition, offset);
@@ -391,21 +391,18 @@ impl Work {
         Ok(())
     }
 
-    fn count_late(&mut self, batch: &RecordBatch) {
-        if self.pipeline.windows.is_empty() {
-            return;
-        }
-        let times = batch.column(self.pipeline.event_time).as_primitive_opt::<TimestampMicrosecondType>();
-        for time_us in times.into_iter().flatten().flatten() {
-            for (query, late) in self.pipeline.queries.iter().zip(&mut self.report.late) {
-                let end = window::window_end(window::window_start(time_us, query.size_us()), query.size_us());
-                if self.watermark_ms.is_some_and(|watermark| window::closed(end, watermark)) {
-                    late.closed += 1;
+    fn count_late(&mut self, batch: &RecordBatch) -> Result<(), QueryError> {
+        for (query, late) in self.pipeline.queries.iter().zip(&mut self.report.late) {
+            for (start_us, rows) in query.rows_by_window(batch, self.pipeline.event_time)? {
+                let end_us = query.windowing().end(start_us);
+                if self.watermark_ms.is_some_and(|watermark| window::closed(end_us, watermark)) {
+                    late.closed += rows.len() as u64;
                 } else {
-                    late.open += 1;
+                    late.open += rows.len() as u64;
                 }
             }
         }
+        Ok(())
     }
 
     fn finish(self) -> Result<(Report, Places, Vec<DataFile>), Error> {

@@ -22,7 +22,6 @@ use super::groups::Partial;
 use super::query::{WindowQuery, fingerprint};
 use super::{Delta, Error};
 use crate::transform::sql;
-use crate::window::window_end;
 
 const MAGIC: &[u8; 8] = b"FLOESTAT";
 const VERSION: u32 = 1;
@@ -74,8 +73,8 @@ pub(super) fn encode(queries: &[WindowQuery], sections: Vec<Section>) -> Delta {
         bytes.extend_from_slice(&ipc_message);
         bytes.extend_from_slice(&arrow_data);
         groups += section.groups as u64;
-        let size_us = queries.get(section.query).map_or(1, WindowQuery::size_us);
-        max_window_end_us = max_window_end_us.max(Some(window_end(section.start_us, size_us)));
+        let end_us = queries.get(section.query).map(|query| query.windowing().end(section.start_us));
+        max_window_end_us = max_window_end_us.max(end_us);
     }
     bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
     Delta { bytes, max_window_end_us, groups }

@@ -1,10 +1,11 @@
 //! The partial aggregation of one partition of one batch, for all window queries: the hot path.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, TimestampMicrosecondArray, UInt32Array};
-use arrow::compute::{max, min, take};
+use arrow::compute::{filter_record_batch, max, min, take};
 use arrow::datatypes::TimestampMicrosecondType;
 use arrow::record_batch::RecordBatch;
 use datafusion_common::Result as DataFusionResult;
@@ -12,7 +13,7 @@ use datafusion_common::Result as DataFusionResult;
 use super::Error;
 use super::groups::GroupTable;
 use super::query::WindowQuery;
-use crate::window::{closed, window_end, window_start};
+use crate::window::{Covering, Windowing, closed};
 
 /// Chunks of one partition go in, in the order of their offsets. Its own group tables, so lanes need no locks.
 pub struct Lane {
@@ -47,34 +48,38 @@ impl Lane {
     }
 
     pub fn update(&mut self, batch: &RecordBatch) -> Result<(), Error> {
-        let found = || match batch.schema().fields().get(self.event_time) {
-            Some(field) => format!("{} {}", field.name(), field.data_type()),
-            None => "nothing".to_string(),
-        };
-        let times = batch.columns().get(self.event_time).and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>());
-        let times = times.ok_or_else(|| Error::EventTime { column: self.event_time, found: found() })?;
-
+        let times = event_times(batch, self.event_time)?;
         let nulls = times.null_count();
         self.rows_without_time += nulls as u64;
-        // Spark counts a null time as the epoch; a row without a time is in no window.
-        let latest = max(times);
-        self.max_event_time_us = self.max_event_time_us.max(latest).max((nulls > 0).then_some(0));
-        let (Some(earliest), Some(latest)) = (min(times), latest) else { return Ok(()) };
-
+        // Spark counts a null time as the epoch; a row without a time is in no window. The filters of the windows have no say in
+        // the watermark.
+        self.max_event_time_us = self.max_event_time_us.max(max(times)).max((nulls > 0).then_some(0));
+        if nulls == times.len() {
+            return Ok(());
+        }
         for (index, query) in self.queries.clone().iter().enumerate() {
-            let first = window_start(earliest, query.size_us());
-            let windows = if nulls == 0 && window_start(latest, query.size_us()) == first {
-                vec![(first, None)]
-            } else {
-                assign(times, query.size_us())
-            };
-            self.aggregate(index, query, batch, windows).map_err(|e| query.error(&e))?;
+            let (keep, failed) = query.filter(batch).map_err(|e| query.error(&e))?;
+            if let Some(count) = self.failed_values.get_mut(index) {
+                *count += failed;
+            }
+            match keep {
+                None => self.aggregate(index, query, batch),
+                Some(keep) => {
+                    let kept = filter_record_batch(batch, &keep).map_err(|e| query.error(&e.into()))?;
+                    self.aggregate(index, query, &kept)
+                }
+            }?;
         }
         Ok(())
     }
 
-    /// Adds the rows of each window to its groups. Rows `None`: all of the batch.
-    fn aggregate(
+    /// Adds the rows of a batch to the groups of their windows.
+    fn aggregate(&mut self, index: usize, query: &WindowQuery, batch: &RecordBatch) -> Result<(), Error> {
+        let windows = assign(event_times(batch, self.event_time)?, query.windowing());
+        self.aggregate_windows(index, query, batch, windows).map_err(|e| query.error(&e))
+    }
+
+    fn aggregate_windows(
         &mut self,
         index: usize,
         query: &WindowQuery,
@@ -91,13 +96,13 @@ impl Lane {
         };
         for (start_us, rows) in windows {
             let count = rows.as_ref().map_or(batch.num_rows(), Vec::len);
-            if closed(window_end(start_us, query.size_us()), self.late_ms) {
+            if closed(query.windowing().end(start_us), self.late_ms) {
                 *late += count as u64;
                 continue;
             }
             let table = match tables.entry(start_us) {
-                std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::btree_map::Entry::Vacant(entry) => entry.insert(GroupTable::new(query)?),
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => entry.insert(GroupTable::new(query)?),
             };
             match rows {
                 None => table.update(query, &keys, &arguments, count, &mut self.indices)?,
@@ -117,12 +122,12 @@ impl Lane {
         self.max_event_time_us
     }
 
-    /// Rows whose window was closed already, by query.
+    /// How often a row missed a window, because it was closed already, by query.
     pub fn late_rows(&self) -> &[u64] {
         &self.late_rows
     }
 
-    /// Values that an aggregate saw as null because its expression failed on the row, by query.
+    /// Values that an aggregate or the filter saw as null because the expression failed on the row, by query.
     pub fn failed_values(&self) -> &[u64] {
         &self.failed_values
     }
@@ -142,40 +147,79 @@ impl Lane {
     }
 }
 
-/// The rows of each window. Rows mostly fall into the same few windows, so the last window is tried first, then those of
-/// the chunk, then a map.
-fn assign(times: &TimestampMicrosecondArray, size_us: i64) -> Vec<(i64, Option<Vec<u32>>)> {
-    const FEW: usize = 8;
-    struct Bucket {
-        start_us: i64,
-        end_us: i64,
-        rows: Vec<u32>,
+/// The event times of a batch.
+pub(super) fn event_times(batch: &RecordBatch, column: usize) -> Result<&TimestampMicrosecondArray, Error> {
+    let found = || match batch.schema().fields().get(column) {
+        Some(field) => format!("{} {}", field.name(), field.data_type()),
+        None => "nothing".to_string(),
+    };
+    let times = batch.columns().get(column).and_then(|c| c.as_primitive_opt::<TimestampMicrosecondType>());
+    times.ok_or_else(|| Error::EventTime { column, found: found() })
+}
+
+/// The rows of each window, in their order, windows by their start; rows `None`: all of them. None is in a window twice.
+pub(super) fn assign(times: &TimestampMicrosecondArray, windowing: &Windowing) -> Vec<(i64, Option<Vec<u32>>)> {
+    let (Some(earliest), Some(latest)) = (min(times), max(times)) else { return Vec::new() };
+    let first = windowing.covering(earliest);
+    if times.null_count() == 0 && first.holds(latest) {
+        return first.starts.into_iter().rev().map(|start_us| (start_us, None)).collect();
     }
-    let mut buckets: Vec<Bucket> = Vec::new();
-    let mut by_start: HashMap<i64, usize> = HashMap::new();
+    let mut windows: BTreeMap<i64, Vec<u32>> = BTreeMap::new();
+    for Segment { covering, rows } in segments(times, windowing) {
+        if let Some((last, others)) = covering.starts.split_last() {
+            for start_us in others {
+                windows.entry(*start_us).or_default().extend(&rows);
+            }
+            match windows.entry(*last) {
+                Entry::Occupied(mut entry) => entry.get_mut().extend(rows),
+                Entry::Vacant(entry) => {
+                    entry.insert(rows);
+                }
+            }
+        }
+    }
+    let in_order = |mut rows: Vec<u32>| {
+        if !rows.is_sorted() {
+            rows.sort();
+        }
+        Some(rows)
+    };
+    windows.into_iter().map(|(start_us, rows)| (start_us, in_order(rows))).collect()
+}
+
+/// Rows that are in the very same windows.
+struct Segment {
+    covering: Covering,
+    rows: Vec<u32>,
+}
+
+/// Rows mostly fall into the same few segments, so the last one is tried first, then those of the chunk, then a map.
+fn segments(times: &TimestampMicrosecondArray, windowing: &Windowing) -> Vec<Segment> {
+    const FEW: usize = 8;
+    let mut segments: Vec<Segment> = Vec::new();
+    let mut by_time: BTreeMap<i64, usize> = BTreeMap::new();
     let mut last = 0;
     for (row, &time) in times.values().iter().enumerate() {
         if times.is_null(row) {
             continue;
         }
-        // a window that ends at the end of the range holds its last microsecond too
-        let holds = |b: &Bucket| b.start_us <= time && (time < b.end_us || b.end_us == i64::MAX);
-        if !buckets.get(last).is_some_and(holds) {
-            let known = match buckets.len() <= FEW {
-                true => buckets.iter().position(holds),
-                false => by_start.get(&window_start(time, size_us)).copied(),
+        let holds = |segment: &Segment| segment.covering.holds(time);
+        if !segments.get(last).is_some_and(holds) {
+            let known = match segments.len() <= FEW {
+                true => segments.iter().position(holds),
+                false => by_time.range(..=time).next_back().map(|(_, index)| *index).filter(|i| holds(&segments[*i])),
             };
             last = known.unwrap_or_else(|| {
-                let start_us = window_start(time, size_us);
-                by_start.insert(start_us, buckets.len());
-                let rows = Vec::with_capacity(times.len() / (buckets.len() + 1));
-                buckets.push(Bucket { start_us, end_us: window_end(start_us, size_us), rows });
-                buckets.len() - 1
+                let covering = windowing.covering(time);
+                by_time.insert(covering.from_us(), segments.len());
+                let rows = Vec::with_capacity(times.len() / (segments.len() + 1));
+                segments.push(Segment { covering, rows });
+                segments.len() - 1
             });
         }
-        if let Some(bucket) = buckets.get_mut(last) {
-            bucket.rows.push(row as u32);
+        if let Some(segment) = segments.get_mut(last) {
+            segment.rows.push(row as u32);
         }
     }
-    buckets.into_iter().map(|b| (b.start_us, Some(b.rows))).collect()
+    segments
 }

@@ -11,6 +11,7 @@
 mod file;
 mod groups;
 mod lane;
+mod late;
 mod query;
 #[cfg(test)]
 mod spark_vectors;
@@ -25,10 +26,11 @@ use arrow::record_batch::RecordBatch;
 
 use crate::error::Kind;
 use crate::transform::sql;
-use crate::window::{closed, window_end};
+use crate::window::closed;
 use groups::GroupTable;
 
 pub use lane::Lane;
+pub use late::LateRows;
 pub use query::WindowQuery;
 
 /// Rows of one batch that a closed window hands out.
@@ -40,7 +42,7 @@ pub enum Error {
     Damaged(String),
     #[error(
         "state file was written for other windows (fingerprint {found:08x}, this configuration has {expected:08x}): size, \
-         group_by or aggregates of [[windows]] have changed; undo the change or start over with a new checkpoint"
+         slide, start, time_zone, filter, group_by or aggregates of [[windows]] have changed; undo the change or start over with a new checkpoint"
     )]
     OtherQueries { found: u32, expected: u32 },
     #[error("window table {table}: {message}")]
@@ -144,7 +146,7 @@ impl StateStore {
     pub fn apply(&mut self, file: &[u8], evict_ms: i64) -> Result<(), Error> {
         for section in file::sections(&self.queries, file)? {
             let Some(query) = self.queries.get(section.query) else { continue };
-            if closed(window_end(section.start_us, query.size_us()), evict_ms) {
+            if closed(query.windowing().end(section.start_us), evict_ms) {
                 continue;
             }
             let partial = section.decode(query)?;
@@ -164,7 +166,7 @@ impl StateStore {
         let mut out = Vec::new();
         for (index, (query, windows)) in self.queries.iter().zip(&mut self.open).enumerate() {
             while let Some(first) = windows.first_entry() {
-                if !closed(window_end(*first.key(), query.size_us()), evict_ms) {
+                if !closed(query.windowing().end(*first.key()), evict_ms) {
                     break;
                 }
                 let (start_us, table) = first.remove_entry();
@@ -212,7 +214,7 @@ pub fn compact(queries: Arc<[WindowQuery]>, files: &[&[u8]], evict_ms: i64) -> R
 fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64) -> Result<Merged, Error> {
     let Task { query: index, start_us, mut table, lanes } = task;
     let query = queries.get(index).ok_or(Error::Panicked)?;
-    let stays_open = !closed(window_end(start_us, query.size_us()), evict_ms);
+    let stays_open = !closed(query.windowing().end(start_us), evict_ms);
     let mut sections = Vec::new();
     for lane in lanes {
         if table.is_none() && !stays_open {
@@ -275,7 +277,7 @@ impl ClosedWindow {
     }
 
     pub fn end_us(&self) -> i64 {
-        self.queries.get(self.query).map_or(i64::MAX, |q| window_end(self.start_us, q.size_us()))
+        self.queries.get(self.query).map_or(i64::MAX, |q| q.windowing().end(self.start_us))
     }
 
     pub fn groups(&self) -> usize {

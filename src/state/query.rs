@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, UInt32Array};
-use arrow::compute::take;
+use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, UInt32Array};
+use arrow::compute::{prep_null_mask_filter, take};
 use arrow::datatypes::{DataType, Decimal128Type, Field, Float64Type, Int64Type, Schema, SchemaRef, TimeUnit};
 use arrow::record_batch::RecordBatch;
 use arrow::row::{RowConverter, SortField};
@@ -17,15 +17,17 @@ use datafusion_physical_expr::expressions::Literal;
 
 use super::Error;
 use crate::config::WindowConfig;
-use crate::transform::sql;
+use crate::transform::{self, sql};
+use crate::window::Windowing;
 
 /// Sums of 64-bit integers are kept in 128 bits, so that only the final value can be too large.
 const INTEGER_SUM: DataType = DataType::Decimal128(38, 0);
 
-/// Tumbling windows of one size with their group keys and aggregates.
+/// Windows of one kind with their filter, group keys and aggregates.
 pub struct WindowQuery {
     table: String,
-    size_us: i64,
+    windowing: Windowing,
+    filter: Option<Arc<dyn PhysicalExpr>>,
     time_zone: Option<Arc<str>>,
     /// Indices of the key columns in the input.
     keys: Vec<usize>,
@@ -71,10 +73,13 @@ impl WindowQuery {
         let at = |place: &str, message: &str| format!("window table {table}: {place}: {message}");
         let mut errors = Vec::new();
 
-        let size_us = i64::try_from(config.size.as_micros()).unwrap_or(0);
-        if size_us < 1 {
-            errors.push(at("size", "must be at least a microsecond and less than 292,000 years"));
-        }
+        let filter = config.filter.as_ref().and_then(|text| match transform::compile_filter(text, input) {
+            Ok(filter) => Some(filter),
+            Err(e) => {
+                errors.push(at(&format!("filter = {text:?}"), &e));
+                None
+            }
+        });
         let time_zone = match input.field_with_name(event_time).map(Field::data_type) {
             Ok(DataType::Timestamp(TimeUnit::Microsecond, zone)) => zone.clone(),
             Ok(other) => {
@@ -137,10 +142,14 @@ impl WindowQuery {
             aggregate.state.iter().enumerate().map(field)
         });
         let state_fields: Vec<Field> = key_fields.iter().cloned().chain(states).collect();
-        let definition = format!("{size_us} {event_time} {state_fields:?} {:?}", config.aggregates);
+        let mut definition = format!("{} {event_time} {state_fields:?} {:?}", config.windowing, config.aggregates);
+        if let Some(filter) = &config.filter {
+            definition.push_str(&format!(" {filter:?}"));
+        }
         Ok(WindowQuery {
             table: table.clone(),
-            size_us,
+            windowing: config.windowing.clone(),
+            filter,
             time_zone,
             keys,
             key_schema: Arc::new(Schema::new(key_fields)),
@@ -158,8 +167,17 @@ impl WindowQuery {
         self.output.clone()
     }
 
-    pub fn size_us(&self) -> i64 {
-        self.size_us
+    pub fn windowing(&self) -> &Windowing {
+        &self.windowing
+    }
+
+    /// Which rows the filter keeps, and on how many it failed; these are left out. None: it keeps all.
+    pub(super) fn filter(&self, batch: &RecordBatch) -> DataFusionResult<(Option<BooleanArray>, u64)> {
+        let Some(filter) = &self.filter else { return Ok((None, 0)) };
+        let (keep, failed) = sql::evaluate_or_null(filter, batch, &DataType::Boolean)?;
+        let keep = keep.as_boolean();
+        let keep = if keep.null_count() > 0 { prep_null_mask_filter(keep) } else { keep.clone() };
+        Ok(((keep.true_count() < keep.len()).then_some(keep), failed))
     }
 
     /// The table that its windows go to.

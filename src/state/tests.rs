@@ -11,6 +11,7 @@ use arrow::record_batch::RecordBatch;
 
 use super::{Delta, Error, Lane, StateStore, WindowQuery, compact};
 use crate::config::{TableConfig, WindowConfig};
+use crate::window::Windowing;
 
 const MINUTE: i64 = 60_000_000;
 const NEVER: i64 = i64::MIN / 1000;
@@ -24,7 +25,9 @@ pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)
             properties: Default::default(),
             provenance: false,
         },
-        size: Duration::from_micros(size_us),
+        windowing: Windowing::new(Duration::from_micros(size_us), None, Duration::ZERO, None).unwrap(),
+        filter: None,
+        late_table: None,
         group_by: group_by.iter().map(|s| s.to_string()).collect(),
         aggregates: aggregates.iter().map(|(n, e)| (n.to_string(), e.to_string())).collect(),
     }
@@ -237,6 +240,66 @@ fn late_rows_and_rows_without_time_are_counted_exactly() {
 }
 
 #[test]
+fn a_row_is_in_every_sliding_window_that_holds_it_and_late_for_some() {
+    let mut sliding = config(10, &[], &[("c", "count(*)"), ("s", "sum(n)")]);
+    let micros = Duration::from_micros;
+    sliding.windowing = Windowing::new(micros(10_000), Some(micros(4_000)), micros(1_000), None).unwrap();
+    let queries = queries(&[sliding]);
+    // windows begin at 1, 5, 9, 13 … ms; the watermark is at 15 ms: [5, 15) is closed, [9, 19) is not
+    let times = [14_999, 5_000, 15_000, 14_000, 18_999, 4_999];
+    let rows: Vec<Row> = times.iter().enumerate().map(|(i, t)| (Some(*t), None, None, Some(1 << i))).collect();
+    let batch = batch(&rows);
+    let lane = lane(&queries, std::slice::from_ref(&batch), 15);
+    assert_eq!(lane.late_rows(), [7]);
+    let late = queries[0].late_rows(&batch, 0, 15).unwrap();
+    let found: Vec<_> = late.into_iter().map(|late| (late.start_us, late.end_us, late.rows)).collect();
+    assert_eq!(found, [(-3_000, 7_000, vec![1, 5]), (1_000, 11_000, vec![1, 5]), (5_000, 15_000, vec![0, 1, 3])]);
+    assert_eq!(queries[0].late_rows(&batch, 0, 6).unwrap(), []);
+    let mut store = StateStore::new(queries);
+    store.merge_lanes(vec![lane], 15, 1).unwrap();
+    let (out, _) = close_all(&mut store);
+    let windows: Vec<(i64, i64, i64)> = out
+        .iter()
+        .map(|window| {
+            let start = window.column(0).as_primitive::<arrow::datatypes::TimestampMicrosecondType>().value(0);
+            let number = |column: usize| window.column(column).as_primitive::<Int64Type>().value(0);
+            (start, number(2), number(3))
+        })
+        .collect();
+    assert_eq!(windows, [(9_000, 4, 1 + 4 + 8 + 16), (13_000, 4, 1 + 4 + 8 + 16), (17_000, 1, 16)]);
+}
+
+#[test]
+fn a_filter_takes_rows_out_of_the_windows_and_not_out_of_the_watermark() {
+    let mut filtered = config(MINUTE as u64, &["device"], &[("c", "count(*)"), ("s", "sum(n)")]);
+    filtered.filter = Some("10 / n > 1 AND device <> 'x'".to_string());
+    let queries = queries(&[filtered, config(MINUTE as u64, &[], &[("c", "count(*)")])]);
+    let rows = batch(&[
+        (Some(MINUTE), Some("a"), None, Some(1)),
+        (Some(9 * MINUTE), Some("x"), None, Some(1)),
+        (Some(MINUTE), Some("a"), None, Some(0)),
+        (Some(MINUTE), Some("a"), None, Some(10)),
+        (Some(MINUTE), Some("a"), None, None),
+        (Some(1), Some("a"), None, Some(2)),
+        (Some(2), Some("x"), None, Some(2)),
+        (None, Some("a"), None, Some(2)),
+    ]);
+    let lane = lane(&queries, std::slice::from_ref(&rows), 60_000);
+    assert_eq!(lane.max_event_time_us(), Some(9 * MINUTE), "the row that gives it is filtered");
+    assert_eq!(lane.late_rows(), [1, 2], "of the rows that the filter keeps");
+    assert_eq!(lane.failed_values(), [1, 0], "a division by zero");
+    assert_eq!(
+        queries[0].late_rows(&rows, 0, 60_000).unwrap().into_iter().flat_map(|l| l.rows).collect::<Vec<_>>(),
+        [5]
+    );
+    let mut store = StateStore::new(queries.clone());
+    store.merge_lanes(vec![lane], 60_000, 1).unwrap();
+    assert_eq!(store.stats().queries.iter().map(|q| q.open_windows).collect::<Vec<_>>(), [1, 2]);
+    let (out, _) = close_all(&mut store);
+    assert_eq!(out[0].column(4).as_primitive::<Int64Type>().values(), &[1]);
+}
+
+#[test]
 fn times_at_the_ends_of_the_range() {
     let times = [i64::MIN, i64::MIN + 1, -1, 0, i64::MAX - 1, i64::MAX];
     let rows: Vec<Row> = times.iter().map(|t| (Some(*t), Some("a"), None, Some(1))).collect();
@@ -425,9 +488,9 @@ fn other_aggregates_are_refused_with_the_choices() {
         ("k", "sum(sum(x))"),
         ("l", "max(now())"),
     ];
-    let errors = WindowQuery::compile(&config(0, &["device", "place"], &mistakes), &schema(), "when").err().unwrap();
+    let errors = WindowQuery::compile(&config(1, &["device", "place"], &mistakes), &schema(), "when").err().unwrap();
     println!("{errors:#?}");
-    assert_eq!(errors.len(), 17, "{errors:#?}");
+    assert_eq!(errors.len(), 16, "{errors:#?}");
     assert!(errors.iter().any(|e| e.contains("count(...), sum(...), avg(...), min(...), max(...)")));
     assert!(errors.iter().any(|e| e.contains("place") && e.contains("columns: t, device, x, n, b")));
     let fine = [("a", "min(b)"), ("b", "max(t)"), ("c", "avg(n + 1)"), ("d", "sum(CASE WHEN b THEN 1 ELSE 0 END)")];

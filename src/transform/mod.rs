@@ -153,7 +153,8 @@ fn derive(name: &str, text: &str, schema: &SchemaRef) -> Result<Derived, String>
     Ok(Derived { expr: physical, data_type, schema })
 }
 
-fn compile_filter(text: &str, schema: &SchemaRef) -> Result<Arc<dyn PhysicalExpr>, String> {
+/// A condition on rows, ready to run.
+pub fn compile_filter(text: &str, schema: &SchemaRef) -> Result<Arc<dyn PhysicalExpr>, String> {
     let scope = sql::Scope::new(schema)?;
     let expr = scope.parse(text)?;
     match scope.data_type(&expr)? {

@@ -27,12 +27,19 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use super::layout;
+use super::order::SortOrder;
 use crate::batch::BatchId;
 use crate::sink::Error;
 
 /// Files one worker has open at a time: rows that are spread over more partitions than this make more, smaller files
 /// instead of taking more memory.
 const MAX_OPEN_FILES: usize = 32;
+
+/// Rows that one worker holds back to sort them, where the table has a sort order: when they are more, they become files,
+/// each sorted for itself. Compaction makes larger sorted files of them.
+const SORT_BUFFER_BYTES: usize = 128 << 20;
+/// Sorted rows go to the Parquet writer in pieces, so that files end near their target size.
+const SLICE_ROWS: usize = 64 * 1024;
 
 /// What writing to a table needs, as the table was when it was opened.
 #[derive(Debug)]
@@ -43,6 +50,7 @@ pub struct FileLayout {
     pub schema: SchemaRef,
     pub arrow_schema: ArrowSchemaRef,
     pub spec: PartitionSpecRef,
+    pub order: Option<SortOrder>,
     pub properties: WriterProperties,
     pub target_file_bytes: usize,
 }
@@ -59,6 +67,9 @@ pub struct TableWriter {
     name_stem: String,
     partitioner: Option<Partitioner>,
     open: HashMap<Struct, OpenFile>,
+    /// Rows that wait to be sorted, by partition. Empty for a table without a sort order.
+    unsorted: HashMap<Struct, Vec<RecordBatch>>,
+    unsorted_bytes: usize,
     started: usize,
     writes: u64,
     done: Vec<DataFile>,
@@ -77,6 +88,8 @@ impl TableWriter {
             runtime,
             partitioner: None,
             open: HashMap::new(),
+            unsorted: HashMap::new(),
+            unsorted_bytes: 0,
             started: 0,
             writes: 0,
             done: Vec::new(),
@@ -89,7 +102,7 @@ impl TableWriter {
         }
         let rows = layout::conform(rows, &self.layout.arrow_schema).map_err(|e| self.invalid(e))?;
         if self.layout.spec.is_unpartitioned() {
-            return self.append(Struct::empty(), &rows);
+            return self.put(Struct::empty(), rows);
         }
         if self.partitioner.is_none() {
             self.partitioner = Some(Partitioner::new(&self.layout).map_err(|e| self.invalid(e))?);
@@ -98,19 +111,56 @@ impl TableWriter {
             Some(partitioner) => partitioner.split(rows).map_err(|e| self.invalid(e))?,
             None => Vec::new(),
         };
-        parts.into_iter().try_for_each(|(partition, rows)| self.append(partition, &rows))
+        parts.into_iter().try_for_each(|(partition, rows)| self.put(partition, rows))
+    }
+
+    fn put(&mut self, partition: Struct, rows: RecordBatch) -> Result<(), Error> {
+        if self.layout.order.is_none() {
+            return self.append(partition, &rows);
+        }
+        self.unsorted_bytes +=
+            rows.columns().iter().map(|c| c.to_data().get_slice_memory_size().unwrap_or_default()).sum::<usize>();
+        self.unsorted.entry(partition).or_default().push(rows);
+        if self.unsorted_bytes < SORT_BUFFER_BYTES {
+            return Ok(());
+        }
+        self.sort()?;
+        // What comes next is another sorted run: it must not go into these files.
+        self.close_all()
+    }
+
+    /// Writes what waits to be sorted, one sorted run a partition.
+    fn sort(&mut self) -> Result<(), Error> {
+        self.unsorted_bytes = 0;
+        for (partition, batches) in std::mem::take(&mut self.unsorted) {
+            let sorted = match &self.layout.order {
+                Some(order) => order.sort(&self.layout.arrow_schema, &batches).map_err(|e| self.invalid(e))?,
+                None => continue,
+            };
+            drop(batches);
+            for start in (0..sorted.num_rows()).step_by(SLICE_ROWS) {
+                let slice = sorted.slice(start, SLICE_ROWS.min(sorted.num_rows() - start));
+                self.append(partition.clone(), &slice)?;
+            }
+        }
+        Ok(())
     }
 
     /// Closes every file, all at once: what takes long is waiting for the store. No rows written: no files.
     pub fn finish(mut self) -> Result<Vec<DataFile>, Error> {
+        self.sort()?;
+        self.close_all()?;
+        Ok(self.done)
+    }
+
+    fn close_all(&mut self) -> Result<(), Error> {
         let open = std::mem::take(&mut self.open);
         let closing = open.into_iter().map(|(partition, file)| async move {
             let closed = file.writer.close().await?;
             Ok::<_, iceberg::Error>((partition, closed))
         });
         let closed = self.runtime.block_on(try_join_all(closing)).map_err(|e| self.failed("close a data file", e))?;
-        closed.into_iter().try_for_each(|(partition, files)| self.keep(partition, files))?;
-        Ok(self.done)
+        closed.into_iter().try_for_each(|(partition, files)| self.keep(partition, files))
     }
 
     fn append(&mut self, partition: Struct, rows: &RecordBatch) -> Result<(), Error> {
@@ -162,6 +212,9 @@ impl TableWriter {
     fn keep(&mut self, partition: Struct, closed: Vec<DataFileBuilder>) -> Result<(), Error> {
         for mut file in closed {
             file.partition(partition.clone()).partition_spec_id(self.layout.spec.spec_id());
+            if let Some(order) = &self.layout.order {
+                file.sort_order_id(order.id());
+            }
             self.done.push(file.build().map_err(|e| self.invalid(e))?);
         }
         Ok(())
@@ -300,7 +353,7 @@ impl Partitioner {
     }
 }
 
-fn path_of(fields: &arrow::datatypes::Fields, id: i32) -> Option<Vec<usize>> {
+pub(super) fn path_of(fields: &arrow::datatypes::Fields, id: i32) -> Option<Vec<usize>> {
     let id_text = id.to_string();
     for (i, field) in fields.iter().enumerate() {
         if field.metadata().get(parquet::arrow::PARQUET_FIELD_ID_META_KEY) == Some(&id_text) {
@@ -316,7 +369,7 @@ fn path_of(fields: &arrow::datatypes::Fields, id: i32) -> Option<Vec<usize>> {
     None
 }
 
-fn column_at(batch: &RecordBatch, path: &[usize]) -> ArrayRef {
+pub(super) fn column_at(batch: &RecordBatch, path: &[usize]) -> ArrayRef {
     let mut column = batch.column(path[0]).clone();
     for i in &path[1..] {
         let parent = column.as_struct();

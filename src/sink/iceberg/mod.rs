@@ -14,6 +14,7 @@ mod files;
 mod layout;
 mod manifests;
 mod metadata;
+mod order;
 mod plan;
 mod probe;
 mod read;
@@ -22,6 +23,8 @@ mod sqlite;
 mod storage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_order;
 mod vended;
 
 use std::collections::{BTreeMap, HashMap};
@@ -37,6 +40,7 @@ use uuid::Uuid;
 use self::catalog::{Catalog, LoadedTable, TableName};
 use self::commit::Carrier;
 use self::files::FileLayout;
+use self::order::SortOrder;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
 use crate::config::CatalogConfig;
@@ -62,7 +66,8 @@ pub struct TableSpec {
     pub schema: SchemaRef,
     /// `day(event_timestamp)`, `bucket(16, device_id)`, `device_id`. Only for a table that has to be created.
     pub partition_by: Vec<String>,
-    /// `device_id`, `event_timestamp desc`: the order that the table declares. Only for a table that has to be created.
+    /// `device_id`, `event_timestamp desc`: the order of the rows in each file. Only for a table that has to be created: an
+    /// existing one keeps its own.
     pub sort_by: Vec<String>,
     /// Only for a table that has to be created.
     pub properties: BTreeMap<String, String>,
@@ -259,6 +264,8 @@ fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &F
         data_location,
         schema: metadata.current_schema().clone(),
         spec: metadata.default_partition_spec().clone(),
+        order: SortOrder::new(metadata.default_sort_order(), &arrow_schema)
+            .map_err(|e| catalog::iceberg_error("write to", &spec.name, e))?,
         properties: files::writer_properties(&spec.name, properties, &arrow_schema),
         arrow_schema,
         target_file_bytes,

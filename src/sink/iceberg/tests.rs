@@ -12,17 +12,17 @@ use tempfile::TempDir;
 use super::*;
 use crate::error::Kind;
 
-const DAY_US: i64 = 86_400_000_000;
+pub(super) const DAY_US: i64 = 86_400_000_000;
 /// 2026-01-01T00:00:00Z.
 const NEW_YEAR_US: i64 = 1_767_225_600_000_000;
 
-struct Fixture {
+pub(super) struct Fixture {
     dir: TempDir,
     query_id: Uuid,
 }
 
 impl Fixture {
-    fn new() -> Fixture {
+    pub(super) fn new() -> Fixture {
         Fixture { dir: tempfile::tempdir().unwrap(), query_id: Uuid::new_v4() }
     }
 
@@ -31,7 +31,7 @@ impl Fixture {
         CatalogConfig::Sqlite { path, warehouse: self.dir.path().join("warehouse").to_str().unwrap().into() }
     }
 
-    async fn open(&self, specs: &[TableSpec]) -> Result<IcebergSink, Error> {
+    pub(super) async fn open(&self, specs: &[TableSpec]) -> Result<IcebergSink, Error> {
         IcebergSink::open(&self.catalog(), self.query_id, "telemetry", specs).await
     }
 
@@ -67,7 +67,7 @@ fn events_schema() -> SchemaRef {
     ]))
 }
 
-fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
+pub(super) fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
     TableSpec {
         name: name.into(),
         schema: events_schema(),
@@ -78,7 +78,7 @@ fn spec(name: &str, partition_by: &[&str]) -> TableSpec {
 }
 
 /// `n` rows from `offset`, `step_us` apart.
-fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
+pub(super) fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
     let range = || offset..offset + n;
     let columns: Vec<ArrayRef> = vec![
         Arc::new(StringArray::from_iter_values(range().map(|i| format!("device-{}", i % 5)))),
@@ -94,7 +94,7 @@ fn events(offset: i64, n: i64, step_us: i64) -> RecordBatch {
     RecordBatch::try_new(events_schema(), columns).unwrap()
 }
 
-async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<RecordBatch>) -> Vec<DataFile> {
+pub(super) async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<RecordBatch>) -> Vec<DataFile> {
     let mut writer = sink.writer(table, batch, Uuid::new_v4(), 0);
     tokio::task::spawn_blocking(move || {
         rows.iter().for_each(|rows| writer.write(rows).unwrap());
@@ -104,7 +104,7 @@ async fn write(sink: &IcebergSink, table: usize, batch: BatchId, rows: Vec<Recor
     .unwrap()
 }
 
-async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<Vec<DataFile>>) -> BatchCommit {
+pub(super) async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<Vec<DataFile>>) -> BatchCommit {
     BatchCommit {
         marker: Marker { pipeline: "telemetry".into(), batch, plan: format!("sha256:{batch}") },
         tables: sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect(),

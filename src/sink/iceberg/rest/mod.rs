@@ -244,7 +244,7 @@ fn creation_body(table: &TableName, creation: TableCreation) -> Result<Value, Er
     if let Some(spec) = &creation.partition_spec {
         body["partition-spec"] = serde_json::to_value(spec).map_err(no_json)?;
         // The server gives its own, and Java's parser wants one all the same.
-        body["partition-spec"]["spec-id"] = json!(spec.spec_id().unwrap_or(0));
+        body["partition-spec"]["spec-id"] = json!(spec.spec_id().unwrap_or_default());
     }
     if let Some(order) = &creation.sort_order {
         body["write-order"] = serde_json::to_value(order).map_err(no_json)?;
