@@ -676,7 +676,11 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "device_id = \"count(*)\"",
         "pipeline.toml:43: windows.0.aggregates: \"device_id\" would be in the table twice",
     ),
-    ("type = \"sqlite\"", "type = \"rest\"", "pipeline.toml:53: catalog.path: is for catalog.type = \"sqlite\""),
+    (
+        "type = \"sqlite\"",
+        "type = \"rest\"\nuri = \"http://c\"",
+        "pipeline.toml:54: catalog.path: is for catalog.type = \"sqlite\"",
+    ),
     (
         "type = \"sqlite\"",
         "type = \"hive\"",
