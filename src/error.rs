@@ -163,3 +163,14 @@ fn deadline_setting(stage: &str) -> &str {
 fn batch_text(batch: &Option<BatchId>) -> String {
     batch.map_or_else(|| "no batch".to_string(), |b| format!("batch {b}"))
 }
+
+/// The causes too: reqwest's own text is only that sending failed.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -61,7 +61,7 @@ pub async fn run_observed(
     on_batch: impl Fn(&BatchProgress) + Send + Sync + 'static,
 ) -> Result<(), Error> {
     let pipeline = Pipeline::compile(&config).map_err(|problems| Error::Compile(problems.join("\n")))?;
-    let guarantee = config.guarantee();
+    let guarantee = config.guarantee(None);
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
@@ -73,7 +73,7 @@ pub async fn run_observed(
             .map_err(|e| Error::Http { listen, message: e.to_string() })?;
     }
     let breaker = config.quality.breaker.clone().map(Breaker::new);
-    let upkeep = Upkeep::new(config.maintenance.clone(), telemetry.clone());
+    let upkeep = Upkeep::new(&config, telemetry.clone());
     let mut query = StreamingQuery {
         config: Arc::new(config),
         pipeline: Arc::new(pipeline),

@@ -36,6 +36,7 @@ impl Session {
         let recovered = checkpoint.recover().await?;
         let pipeline = query.pipeline.clone();
         let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
+        query.telemetry.guarantee(config.guarantee(Some(sink.commits_together())));
         let tables = sink.load().await?;
         check_tables(&config, &checkpoint, &recovered, &tables)?;
 

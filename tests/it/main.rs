@@ -44,6 +44,8 @@ mod quality;
 mod random_kills;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
+/// REST catalogs: exactly once whatever becomes of a request; evolution, permissions, tokens.
+mod rest;
 /// What is read back from Iceberg equals the documents, to the last digit and microsecond.
 mod round_trip;
 /// The checkpoint on an S3-compatible store.

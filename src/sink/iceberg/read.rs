@@ -18,9 +18,9 @@ use iceberg::spec::{
 use iceberg::table::Table;
 use iceberg::{NamespaceIdent, Runtime, TableIdent};
 
-use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName, iceberg_error};
+use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
 use super::storage::TableStorage;
-use super::{IcebergSink, sqlite};
+use super::{IcebergSink, open_read_only};
 use crate::config::CatalogConfig;
 use crate::sink::Error;
 
@@ -47,11 +47,10 @@ pub enum Append {
 impl PinnedTable {
     /// The table as it is now; none where there is no such table. Creates nothing.
     pub async fn open(catalog: &CatalogConfig, name: &str) -> Result<Option<PinnedTable>, Error> {
-        let file_io = TableStorage::default().file_io();
+        let storage = TableStorage::default();
         let name = TableName::parse(name)?;
-        let CatalogConfig::Sqlite { path, warehouse } = catalog;
-        let catalog = sqlite::SqliteCatalog::open_read_only(path, warehouse, file_io.clone()).await?;
-        let Some(catalog) = catalog else { return Ok(None) };
+        let Some(catalog) = open_read_only(catalog, &storage).await? else { return Ok(None) };
+        let file_io = storage.file_io();
         Ok(catalog.load(&name).await?.map(|loaded| PinnedTable { name, loaded, file_io }))
     }
 
@@ -218,6 +217,10 @@ impl IcebergSink {
         match self.0.catalog.commit(&[change]).await {
             Ok(()) => Ok(Append::Done { snapshot: snapshot_id }),
             Err(CommitError::Conflict(_)) => {
+                // A proxy that has sent the request twice gets a conflict with itself.
+                if self.pin(table).await?.loaded.metadata.snapshot_by_id(snapshot_id).is_some() {
+                    return Ok(Append::Done { snapshot: snapshot_id });
+                }
                 self.0.forget(written.into_iter()).await;
                 Ok(Append::Conflict)
             }

@@ -333,6 +333,14 @@ async fn a_change_is_the_same_in_both_of_its_forms() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_embedded_catalog_conforms() {
+    let fixture = Fixture::new();
+    let CatalogConfig::Sqlite { path, warehouse } = fixture.catalog() else { panic!() };
+    let catalog = sqlite::SqliteCatalog::open(&path, &warehouse, TableStorage::default().file_io()).await.unwrap();
+    conformance::conforms(&catalog, "conformance").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rows_are_split_by_partition() {
     let fixture = Fixture::new();
     let specs = [spec("t.by_day", &["day(event_timestamp)"]), spec("t.mixed", &["device_id", "bucket(4, device_id)"])];
@@ -797,6 +805,14 @@ struct LostReply {
 
 #[async_trait::async_trait]
 impl Catalog for LostReply {
+    fn commits_together(&self) -> bool {
+        self.inner.commits_together()
+    }
+
+    fn guards_properties(&self) -> bool {
+        self.inner.guards_properties()
+    }
+
     async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
         self.inner.load(table).await
     }
@@ -827,6 +843,7 @@ async fn a_commit_of_unknown_outcome_is_looked_up() {
             runtime: inner.runtime.clone(),
             query_id: inner.query_id,
             marker_property: inner.marker_property.clone(),
+            carriers: Default::default(),
             tables: vec![BoundTable { name: inner.tables[0].name.clone(), files: inner.tables[0].files.clone() }],
         }));
         match lossy.commit(&commit).await {
