@@ -40,6 +40,8 @@ mod ownership;
 mod quality;
 /// Killed at random moments.
 mod random_kills;
+/// A lost checkpoint is rebuilt from the tables, and the pipeline goes on exactly once.
+mod recover;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
 /// What is read back from Iceberg equals the documents, to the last digit and microsecond.

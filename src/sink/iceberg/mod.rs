@@ -217,17 +217,21 @@ impl Inner {
     }
 
     fn others(&self, metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
-        let mut others: Vec<(Uuid, Marker)> = metadata
-            .properties()
-            .iter()
-            .filter_map(|(key, json)| {
-                let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok().filter(|id| *id != self.query_id)?;
-                Some((id, serde_json::from_str(json).ok()?))
-            })
-            .collect();
-        others.sort_by_key(|(id, _)| *id);
+        let mut others = markers(metadata);
+        others.retain(|(id, _)| *id != self.query_id);
         others
     }
+}
+
+/// Every query's marker.
+fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
+    let marker = |(key, json): (&String, &String)| {
+        let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok()?;
+        Some((id, serde_json::from_str(json).ok()?))
+    };
+    let mut markers: Vec<(Uuid, Marker)> = metadata.properties().iter().filter_map(marker).collect();
+    markers.sort_by_key(|(id, _)| *id);
+    markers
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
