@@ -26,13 +26,15 @@ use crate::clock;
 use crate::config::Config;
 use crate::dead_letter::retry::{self, PLACE, Places};
 use crate::error::Error;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{MessageType, Pipeline};
 use crate::sink::iceberg::{Datum, Marker, PinnedTable, Predicate, Reference, marker_property};
 use crate::state::{Lane, StateStore};
 use crate::window::watermark::EventTimeProgress;
 
 /// Days of a time zone may be longer than their size says.
 const SLACK_US: i64 = 24 * 3_600_000_000;
+/// Columns of a rows table that no window reads.
+const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
 const SCAN_ROWS: usize = 64 * 1024;
 
 /// Where a table says what [`Progress`] is.
@@ -61,8 +63,8 @@ pub struct Rebuilt {
     pub committed: Option<BatchId>,
     /// The batch that some tables have and others do not: the next start finishes it.
     pub pending: Option<BatchId>,
-    /// The table that open windows were aggregated from, where there are windows.
-    pub rows_table: Option<String>,
+    /// The tables that open windows were aggregated from, where there are windows.
+    pub rows_tables: Vec<String>,
     pub rows: u64,
     pub groups: u64,
 }
@@ -77,12 +79,11 @@ impl fmt::Display for Rebuilt {
         if let Some(batch) = self.pending {
             writeln!(f, "begun: batch {batch}, which only some of the tables have; the next `floe run` finishes it")?;
         }
-        match &self.rows_table {
-            Some(table) => {
-                write!(f, "open windows: {} groups, aggregated again from {} rows of {table}", self.groups, self.rows)
-            }
-            None => write!(f, "open windows: none"),
+        if self.rows_tables.is_empty() {
+            return write!(f, "open windows: none");
         }
+        let tables = self.rows_tables.join(", ");
+        write!(f, "open windows: {} groups, aggregated again from {} rows of {tables}", self.groups, self.rows)
     }
 }
 
@@ -121,7 +122,7 @@ pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
         checkpoint: checkpoint.url().to_string(),
         committed: base.as_ref().map(|(_, plan)| plan.plan.batch),
         pending: partly.then_some(newest),
-        rows_table: None,
+        rows_tables: Vec::new(),
         rows: 0,
         groups: 0,
     };
@@ -129,7 +130,7 @@ pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
         let mut state = Vec::new();
         if !pipeline.windows.is_empty() {
             let open = OpenWindows::aggregate(config, pipeline.clone(), &logged, query_id).await?;
-            rebuilt.rows_table = Some(open.table);
+            rebuilt.rows_tables = open.tables;
             rebuilt.rows = open.rows;
             rebuilt.groups = open.delta.groups;
             if open.delta.groups > 0 {
@@ -285,7 +286,7 @@ async fn check_tables(
 }
 
 struct OpenWindows {
-    table: String,
+    tables: Vec<String>,
     rows: u64,
     delta: crate::state::Delta,
 }
@@ -298,64 +299,77 @@ impl OpenWindows {
         logged: &LoggedPlan,
         query_id: Uuid,
     ) -> Result<OpenWindows, Error> {
-        let why = "windows that were open cannot be rebuilt: they are aggregated again from the rows table";
-        let Some(rows) = pipeline.rows.filter(|_| pipeline.provenance) else {
-            return Err(refused(format!("{why}, which this pipeline has not, or not with rows.provenance = true")));
-        };
-        let name = pipeline.tables[rows].name.clone();
-        let gone = |name: &str| refused(format!("table {name} is gone"));
-        let table = PinnedTable::open(&config.catalog, &name).await?.ok_or_else(|| gone(&name))?;
-        if let Some((id, other)) = table.markers().into_iter().find(|(id, _)| *id != query_id) {
-            return Err(refused(format!(
-                "{why} {name}, which pipeline {:?} (query {id}) writes to as well: whose row is whose cannot be told",
-                other.pipeline
-            )));
-        }
-        let dead_letters = PinnedTable::open(&config.catalog, &config.dead_letters.table).await?;
-        let refused_once = match dead_letters {
+        let refused_once = match PinnedTable::open(&config.catalog, &config.dead_letters.table).await? {
             Some(letters) => retry::places_of_letters(&letters, retry::of_topics(config, None))
                 .await
                 .map_err(|e| refused(format!("cannot read the dead letters: {e}")))?,
             None => Places::new(),
         };
-
-        let columns = columns_of(&pipeline);
-        let names: Vec<&str> = columns.fields().iter().map(|f| f.name().as_str()).chain(PLACE).collect();
-        let evict_ms = logged.plan.watermarks.evict();
-        let filter = not_before(&pipeline, &columns, evict_ms);
-        let mut scan = table.scan(&names, filter, SCAN_ROWS).await?;
         let kept = Kept { ends: logged.plan.ends(), refused_once };
-        let mut lane = Lane::new(pipeline.queries.clone(), pipeline.event_time, evict_ms);
-        let mut rows = 0;
-        while let Some(batch) = scan.try_next().await? {
-            let batch = kept.of(&batch, &columns)?;
-            rows += batch.num_rows() as u64;
-            lane = blocking(move || {
-                lane.update(&batch)?;
-                Ok(lane)
-            })
-            .await?;
+        let evict_ms = logged.plan.watermarks.evict();
+        let (mut tables, mut lanes, mut rows) = (Vec::new(), Vec::new(), 0);
+        for of in pipeline.types.iter().filter(|of| !of.queries.is_empty()) {
+            let table = rows_table(config, &pipeline, of, query_id).await?;
+            let columns = columns_of(of);
+            let names: Vec<&str> = columns.fields().iter().map(|f| f.name().as_str()).chain(PLACE).collect();
+            let mut scan = table.scan(&names, not_before(&pipeline, of, &columns, evict_ms), SCAN_ROWS).await?;
+            let event_time = of.event_time.unwrap_or_default();
+            let mut lane = Lane::new(pipeline.queries.clone(), of.queries.clone(), event_time, evict_ms);
+            while let Some(batch) = scan.try_next().await? {
+                let batch = kept.of(&batch, &columns)?;
+                rows += batch.num_rows() as u64;
+                lane = blocking(move || {
+                    lane.update(&batch)?;
+                    Ok(lane)
+                })
+                .await?;
+            }
+            tables.push(table.name());
+            lanes.push(lane);
         }
         let workers = pipeline.workers;
         let mut state = StateStore::new(pipeline.queries.clone());
-        let delta = blocking(move || Ok(state.merge_lanes(vec![lane], evict_ms, workers)?)).await?;
-        Ok(OpenWindows { table: name, rows, delta })
+        let delta = blocking(move || Ok(state.merge_lanes(lanes, evict_ms, workers)?)).await?;
+        Ok(OpenWindows { tables, rows, delta })
+    }
+}
+
+/// The rows of a message type, if they are all there and nobody else's.
+async fn rows_table(
+    config: &Config,
+    pipeline: &Pipeline,
+    of: &MessageType,
+    query_id: Uuid,
+) -> Result<PinnedTable, Error> {
+    let why = "windows that were open cannot be rebuilt: they are aggregated again from the rows table";
+    let Some(rows) = of.rows.filter(|_| of.provenance) else {
+        return Err(refused(format!("{why}, which this pipeline has not, or not with rows.provenance = true")));
+    };
+    let name = &pipeline.tables[rows].name;
+    let table = PinnedTable::open(&config.catalog, name).await?;
+    let table = table.ok_or_else(|| refused(format!("table {name} is gone")))?;
+    match table.markers().into_iter().find(|(id, _)| *id != query_id) {
+        Some((id, other)) => Err(refused(format!(
+            "{why} {name}, which pipeline {:?} (query {id}) writes to as well: whose row is whose cannot be told",
+            other.pipeline
+        ))),
+        None => Ok(table),
     }
 }
 
 /// The columns that reach the windows.
-fn columns_of(pipeline: &Pipeline) -> SchemaRef {
-    let fields = pipeline.rows_schema.fields().iter();
-    let columns: Vec<_> = fields.take_while(|f| !f.name().starts_with("_kafka_")).cloned().collect();
-    Schema::new(columns).into()
+fn columns_of(of: &MessageType) -> SchemaRef {
+    let columns = of.rows_schema.fields().iter().filter(|f| !PROVENANCE.contains(&f.name().as_str()));
+    Schema::new(columns.cloned().collect::<Vec<_>>()).into()
 }
 
 /// True for the rows of open windows, and some more.
-fn not_before(pipeline: &Pipeline, columns: &SchemaRef, evict_ms: i64) -> Option<Predicate> {
-    let longest = pipeline.queries.iter().map(|q| q.windowing().size().as_micros()).max()?;
+fn not_before(pipeline: &Pipeline, of: &MessageType, columns: &SchemaRef, evict_ms: i64) -> Option<Predicate> {
+    let queries = of.queries.iter().filter_map(|query| pipeline.queries.get(*query));
+    let longest = queries.map(|q| q.windowing().size().as_micros()).max()?;
     let longest = i64::try_from(longest).ok()?.checked_add(SLACK_US)?;
     let from_us = evict_ms.checked_mul(1000)?.checked_sub(longest)?;
-    let field = columns.field(pipeline.event_time);
+    let field = columns.field(of.event_time?);
     let zoned = matches!(field.data_type(), arrow::datatypes::DataType::Timestamp(_, Some(_)));
     let from = if zoned { Datum::timestamptz_micros(from_us) } else { Datum::timestamp_micros(from_us) };
     Some(Reference::new(field.name()).greater_than_or_equal_to(from))

@@ -34,6 +34,8 @@ mod harness;
 mod invalid_data;
 /// Snapshots expire, small files are compacted, orphans go; whatever is killed meanwhile, and whoever else writes.
 mod maintenance;
+/// Other engines append, delete, expire and branch meanwhile, and keep what they have done.
+mod neighbours;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.

@@ -22,6 +22,8 @@ mod storage;
 mod tests;
 #[cfg(test)]
 mod tests_order;
+#[cfg(test)]
+mod tests_properties;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -237,6 +239,10 @@ fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
+    }
+    let ignored = files::without_effect(metadata.properties());
+    if !ignored.is_empty() {
+        tracing::warn!(table = %name, properties = ignored.join(", "), "table properties that floe does not heed when it writes files");
     }
     let files = FileLayout::of(&name, metadata, file_io)?;
     Ok(BoundTable { name, files: Arc::new(files) })
