@@ -23,11 +23,11 @@ impl Written {
         self.first().row_group(0).column(2).compression()
     }
 
-    /// Pages of the offsets, in the first row group.
+    /// Pages of the doubles, in the first row group.
     fn pages(&self) -> usize {
         let file = std::fs::File::open(path_of(&self.files[0])).unwrap();
         let reader = SerializedFileReader::new(file).unwrap();
-        let pages = reader.get_row_group(0).unwrap().get_column_page_reader(5).unwrap();
+        let pages = reader.get_row_group(0).unwrap().get_column_page_reader(2).unwrap();
         pages.map(Result::unwrap).filter(|page| page.is_data_page()).count()
     }
 
