@@ -60,6 +60,8 @@ pub struct BatchCommit {
     pub tables: BTreeMap<String, Uuid>,
     /// Goes into the summary of every new snapshot: offset ranges, watermark.
     pub summary: BTreeMap<String, String>,
+    /// What the batch sets in every table beside the marker.
+    pub properties: BTreeMap<String, String>,
     /// New data files, by table in the order of the specs.
     pub files: Vec<Vec<DataFile>>,
 }
@@ -259,9 +261,11 @@ impl Inner {
             let appended = self.append(table, &loaded.metadata, files, properties, &mut manifests).await;
             snapshot = Some(appended.map_err(failed)?);
         }
+        let mut properties: HashMap<String, String> = commit.properties.clone().into_iter().collect();
+        properties.insert(self.marker_property.clone(), marker);
         let change = TableChange::new(&table.name, loaded, |mut builder| {
             if carrier == Carrier::Property {
-                builder = builder.set_properties([(self.marker_property.clone(), marker)].into())?;
+                builder = builder.set_properties(properties)?;
             }
             if let Some(snapshot) = snapshot {
                 let snapshot_id = snapshot.snapshot_id();
