@@ -77,7 +77,8 @@ pub enum Error {
     CheckpointOlder { checkpoint: String, newest: String, table: String, batch: BatchId },
     #[error(
         "{table} already has batch {batch} of pipeline {pipeline}, written with another checkpoint (query id {query_id}), and \
-         {checkpoint} is empty: everything would be read twice. Restore that checkpoint; or give this pipeline another name and \
+         {checkpoint} is empty: everything would be read twice. Restore that checkpoint; or rebuild it with \
+         `floe recover --from-table FILE`; or give this pipeline another name and \
          new starting offsets to go on beside those rows; or drop the tables and start over"
     )]
     CheckpointLost { table: String, pipeline: String, query_id: Uuid, batch: BatchId, checkpoint: String },
@@ -92,6 +93,9 @@ pub enum Error {
         batch_text(.has)
     )]
     TableOlder { table: String, has: Option<BatchId>, committed: BatchId },
+    /// Why a checkpoint cannot be rebuilt from the tables.
+    #[error("{0}")]
+    NotRebuilt(String),
     /// Another worker of the batch failed first, or the stage's deadline passed.
     #[error("cancelled")]
     Cancelled,
@@ -120,6 +124,7 @@ impl Error {
             | Error::CheckpointOlder { .. }
             | Error::CheckpointLost { .. }
             | Error::TableRecreated { .. }
+            | Error::NotRebuilt(_)
             | Error::TableOlder { .. } => Kind::Fatal,
         }
     }
@@ -159,4 +164,15 @@ fn deadline_setting(stage: &str) -> &str {
 
 fn batch_text(batch: &Option<BatchId>) -> String {
     batch.map_or_else(|| "no batch".to_string(), |b| format!("batch {b}"))
+}
+
+/// The causes too: reqwest's own text is only that sending failed.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
 }

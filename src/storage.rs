@@ -14,7 +14,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, AwsCredentialProvider};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
@@ -50,9 +50,9 @@ pub fn open(location: &str) -> Result<Location, OpenError> {
         if bucket.is_empty() {
             return Err(fail("an S3 location needs a bucket: s3://bucket/prefix".into()));
         }
-        let store = AmazonS3Builder::from_env().with_bucket_name(bucket).build().map_err(|e| fail(e.to_string()))?;
+        let store = open_bucket(bucket, &[], None).map_err(|e| fail(e.to_string()))?;
         let prefix = Path::parse(key).map_err(|e| fail(e.to_string()))?;
-        return Ok(Location { store: Arc::new(store), prefix, url: trimmed.to_string() });
+        return Ok(Location { store, prefix, url: trimmed.to_string() });
     }
     let path = match trimmed.strip_prefix("file:") {
         Some(rest) => rest.strip_prefix("//").unwrap_or(rest),
@@ -70,6 +70,22 @@ pub fn open(location: &str) -> Result<Location, OpenError> {
     let prefix = Path::parse(text).map_err(|e| fail(e.to_string()))?;
     let url = format!("file://{}", text.trim_end_matches('/'));
     Ok(Location { store: Arc::new(DurableLocal { inner: Arc::new(LocalFileSystem::new()) }), prefix, url })
+}
+
+/// A bucket by the environment, with settings and credentials that win over it.
+pub fn open_bucket(
+    bucket: &str,
+    settings: &[(AmazonS3ConfigKey, String)],
+    credentials: Option<AwsCredentialProvider>,
+) -> Result<Arc<dyn ObjectStore>> {
+    let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
+    for (key, value) in settings {
+        builder = builder.with_config(*key, value);
+    }
+    if let Some(credentials) = credentials {
+        builder = builder.with_credentials(credentials);
+    }
+    Ok(Arc::new(builder.build()?))
 }
 
 /// Absolute, with `.` and `..` taken out by name: what is not there yet cannot be asked for its real path.

@@ -18,7 +18,7 @@ use crate::config::{CatalogConfig, Config, ExpectationConfig, RegistryConfig, Ty
 use crate::decode::framing::schema_id;
 use crate::decode::registry::{Registry, Writer};
 use crate::pipeline::Pipeline;
-use crate::sink::iceberg::{IcebergSink, TableStep};
+use crate::sink::iceberg::{self, IcebergSink, Probed, TableStep};
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::source::{self, Available, Source};
 use crate::storage::Location;
@@ -55,8 +55,9 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     if !config.quality.expectations.is_empty() {
         report("expect", Ok(expectations(config)));
     }
-    report("guarantee", Ok(config.guarantee()));
-    let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
+    if let CatalogConfig::Sqlite { .. } = &config.catalog {
+        report("guarantee", Ok(config.guarantee(None)));
+    }
     let broker = in_time(broker(config)).await;
     let reachable = broker.is_ok();
     report("broker", broker);
@@ -66,9 +67,26 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     if let Some(topic) = &config.dead_letter_topic {
         report("dlq topic", in_time(dead_letter_topic(config, topic)).await);
     }
-    report("catalog", in_time(catalog(config, path)).await);
-    report("tables", in_time(tables(config)).await);
-    report("warehouse", in_time(warehouse_store(warehouse)).await);
+    match &config.catalog {
+        CatalogConfig::Sqlite { path, warehouse } => {
+            report("catalog", in_time(catalog(config, path)).await);
+            report("tables", in_time(tables(config)).await);
+            report("warehouse", in_time(warehouse_store(warehouse)).await);
+        }
+        CatalogConfig::Rest(rest) => match in_time(rest_catalog(config)).await {
+            Ok(probed) => {
+                let auth = rest.auth.name();
+                report("catalog", Ok(format!("{}: answers (authentication: {auth})", rest.uri)));
+                report("guarantee", Ok(config.guarantee(Some(probed.together))));
+                report("tables", in_time(tables(config)).await);
+                for (table, found) in probed.tables {
+                    let told = |text| format!("{table}: {text}");
+                    report("warehouse", found.map(told).map_err(told));
+                }
+            }
+            Err(problem) => report("catalog", Err(problem)),
+        },
+    }
     report("checkpoint", in_time(checkpoint(config)).await);
     if failed == 0 { Ok(()) } else { Err(Error::Check { failed, probes }) }
 }
@@ -78,7 +96,7 @@ fn say(line: &str) {
     println!("{line}");
 }
 
-async fn in_time(probe: impl Future<Output = Finding>) -> Finding {
+async fn in_time<T>(probe: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     let late = || Err(format!("no answer within {} seconds; is it reachable from here?", PATIENCE.as_secs()));
     tokio::time::timeout(PATIENCE, probe).await.unwrap_or_else(|_| late())
 }
@@ -300,6 +318,13 @@ async fn catalog(config: &Config, path: &Path) -> Finding {
         Ok(format!("{shown}: tables there: {}; to be created: {}", list(there), list(missing)))
     })
     .await
+}
+
+/// Asks a REST catalog, and tries the tables that are there out.
+async fn rest_catalog(config: &Config) -> Result<Probed, String> {
+    let pipeline = Pipeline::compile(config).map_err(|problems| problems.join("\n"))?;
+    let probed = iceberg::probe(&config.catalog, &pipeline.tables).await.map_err(|e| e.to_string())?;
+    probed.ok_or_else(|| "there is none".to_string())
 }
 
 /// What a start would do to each table, or why it would refuse to.

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use arrow::datatypes::DataType;
 
@@ -60,7 +59,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     }
     let dead_letters = dead_letters(r, rows.first().copied(), &windows);
     let dead_letter_topic = dead_letter_topic(r, &source.topics);
-    let catalog = catalog(r);
+    let catalog = catalog::catalog(r);
     let maintenance = maintenance(r);
     let checkpoint_location =
         if r.has("checkpoint.location") { r.text("checkpoint.location") } else { Some(format!("checkpoints/{name}")) };
@@ -413,27 +412,6 @@ fn dead_letter_topic(r: &mut Reader<'_>, read: &[String]) -> Option<String> {
     Some(topic)
 }
 
-fn catalog(r: &mut Reader<'_>) -> Option<CatalogConfig> {
-    let path = r.text("catalog.path");
-    let warehouse = r.text("catalog.warehouse");
-    check_location(r, "catalog.warehouse", warehouse.as_deref());
-    if path.as_ref().is_some_and(|p| p.is_empty()) {
-        r.error("catalog.path", "is empty; allowed is the path of the SQLite file");
-    }
-    match r.text("catalog.type").as_deref() {
-        Some("sqlite") => Some(CatalogConfig::Sqlite { path: PathBuf::from(path?), warehouse: warehouse? }),
-        Some("rest") => {
-            r.error("catalog.type", "\"rest\" comes with a later version; allowed is \"sqlite\"");
-            None
-        }
-        Some(other) => {
-            r.error("catalog.type", format!("found {other:?}, allowed is \"sqlite\""));
-            None
-        }
-        None => None,
-    }
-}
-
 /// A file may be an hour old before the commit that names it: batches and other writers take their time.
 const SHORTEST_ORPHAN_GRACE: Duration = Duration::from_secs(3_600);
 
@@ -481,7 +459,7 @@ fn maintenance(r: &mut Reader<'_>) -> MaintenanceConfig {
     }
 }
 
-fn check_location(r: &mut Reader<'_>, key: &str, location: Option<&str>) {
+pub(super) fn check_location(r: &mut Reader<'_>, key: &str, location: Option<&str>) {
     let Some(location) = location else { return };
     let scheme = location.split_once("://").map_or("file", |(scheme, _)| scheme);
     if location.trim().is_empty() {

@@ -6,6 +6,7 @@
 //! `_FILE` variables is read besides the file.
 
 mod build;
+mod catalog;
 mod document;
 mod error;
 pub mod expression;
@@ -22,11 +23,12 @@ pub(crate) mod units;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use build::OWNED_PROPERTIES;
+pub use catalog::{CatalogConfig, RestAuth, RestConfig};
 pub use error::{ConfigError, ConfigErrors, Place};
 pub use registry::RegistryConfig;
 
@@ -105,8 +107,9 @@ impl Config {
         self.types.iter().filter_map(|t| t.rows.as_ref()).chain(windows).chain(std::iter::once(&self.dead_letters))
     }
 
-    /// What a reader of the tables may rely on, as it follows from the configuration.
-    pub fn guarantee(&self) -> String {
+    /// What a reader of the tables may rely on, as it follows from the configuration and from what a REST catalog offers:
+    /// `transactions` is whether it commits several tables in one request, None as long as it has not been asked.
+    pub fn guarantee(&self, transactions: Option<bool>) -> String {
         let mut text = match self.source.kafka.get("isolation.level").map(String::as_str) {
             Some("read_uncommitted") => "exactly once, records of aborted transactions included".to_string(),
             _ => "exactly once".to_string(),
@@ -114,8 +117,13 @@ impl Config {
         if !self.source.fail_on_data_loss {
             text.push_str(", but offsets that expire before they are read are only recorded in the dead letters");
         }
-        let CatalogConfig::Sqlite { .. } = &self.catalog;
-        text = format!("{text}; {} tables appear together (sqlite)", self.tables().count());
+        let appear = match (&self.catalog, transactions) {
+            (CatalogConfig::Sqlite { .. }, _) => "together (sqlite)",
+            (CatalogConfig::Rest(_), Some(true)) => "together (rest transaction)",
+            (CatalogConfig::Rest(_), Some(false)) => "one after another (rest)",
+            (CatalogConfig::Rest(_), None) => "together if the rest catalog has transactions, else one after another",
+        };
+        text = format!("{text}; {} tables appear {appear}", self.tables().count());
         if let Some(topic) = &self.dead_letter_topic {
             text.push_str(&format!(
                 "; dead letters follow in topic {topic}, each once for readers of committed records"
@@ -279,11 +287,6 @@ pub struct WindowConfig {
     pub group_by: Vec<String>,
     /// Output column and SQL aggregate, in the order of the file.
     pub aggregates: Vec<(String, String)>,
-}
-
-#[derive(Clone, Debug)]
-pub enum CatalogConfig {
-    Sqlite { path: PathBuf, warehouse: String },
 }
 
 /// What keeps the tables small and fast while they are written.

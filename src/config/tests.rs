@@ -170,7 +170,7 @@ fn a_minimal_file_takes_every_default() {
     assert!(c.event_time.is_none());
     assert!(c.types[0].rows.clone().unwrap().provenance);
     assert_eq!(c.dead_letters.table, "telemetry.dead_letters");
-    let CatalogConfig::Sqlite { path, warehouse } = c.catalog;
+    let CatalogConfig::Sqlite { path, warehouse } = c.catalog else { panic!() };
     assert_eq!((path.to_str().unwrap(), warehouse.as_str()), ("data/catalog.db", "data/warehouse"));
     assert_eq!(c.checkpoint_location, "checkpoints/telemetry");
     assert_eq!(c.http.listen, Some("127.0.0.1:8080".parse().unwrap()));
@@ -287,6 +287,10 @@ fn other_value(key: &str) -> &'static str {
         "catalog.type" => "sqlite",
         "catalog.path" => "other.db",
         "catalog.warehouse" => "elsewhere",
+        "catalog.uri" | "catalog.oauth2_server_uri" => "https://other",
+        "catalog.credential" => "other:hunter2",
+        "catalog.ca_file" => concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"),
+        "catalog.sigv4" => "false",
         "maintenance.enabled" => "false",
         "maintenance.max_snapshots" | "maintenance.compact_min_files" => "77",
         "maintenance.orphan_grace" => "77 days",
@@ -327,6 +331,46 @@ columns = { battery_low = "battery_level < 20" }
     [&full[..from], types, &full[to..rows], &windows].concat()
 }
 
+const SQLITE: &str = "type = \"sqlite\"\npath = \"somewhere/catalog.db\"\n";
+
+/// What the section has to be for a setting that REST catalogs alone have.
+fn rest_catalog(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "catalog.uri" | "catalog.ca_file" | "catalog.sigv4" => "type = \"rest\"\nuri = \"http://c\"\n",
+        "catalog.token" => "type = \"rest\"\nuri = \"http://c\"\ntoken = \"t\"\n",
+        "catalog.credential" | "catalog.scope" | "catalog.oauth2_server_uri" => {
+            "type = \"rest\"\nuri = \"http://c\"\ncredential = \"me:secret\"\n"
+        }
+        "catalog.signing_region" | "catalog.signing_name" => "type = \"rest\"\nuri = \"http://c\"\nsigv4 = true\n",
+        _ => return None,
+    })
+}
+
+#[test]
+fn rest_catalogs() {
+    let of = |section: &str| FULL.replace(SQLITE, section);
+    let c = load_ok(&of("type = \"rest\"\nuri = \"https://c/api/v1/\"\ncredential = \"me:s:ecret\"\n"));
+    assert_eq!(c.guarantee(Some(true)).split("; ").nth(1), Some("3 tables appear together (rest transaction)"));
+    assert_eq!(c.guarantee(Some(false)).split("; ").nth(1), Some("3 tables appear one after another (rest)"));
+    let CatalogConfig::Rest(rest) = &c.catalog else { panic!() };
+    assert_eq!((rest.uri.as_str(), rest.warehouse.as_deref()), ("https://c/api/", Some("s3://bucket/warehouse")));
+    assert!(matches!(&rest.auth, RestAuth::Client { id: Some(id), secret, .. } if id == "me" && secret == "s:ecret"));
+    assert!(!format!("{c:?}").contains("ecret"));
+    for (section, problem) in [
+        ("type = \"rest\"\n", "catalog.uri: is required"),
+        ("type = \"rest\"\nuri = \"c:8181\"\n", "catalog.uri: found c:, allowed is http://"),
+        ("type = \"rest\"\nuri = \"http://me:pass@c\"\n", "catalog.uri: has a user name"),
+        ("type = \"rest\"\nuri = \"http://c\"\ntoken = \"a\"\nsigv4 = true\n", "exclude each other"),
+        ("type = \"rest\"\nuri = \"http://c\"\nscope = \"x\"\n", "scope: has no meaning without catalog.credential"),
+        ("type = \"rest\"\nuri = \"http://c\"\nsigning_name = \"glue\"\n", "without catalog.sigv4 = true"),
+        ("type = \"rest\"\nuri = \"http://c\"\nca_file = \"/no/such\"\n", "ca_file: /no/such is no file"),
+        ("type = \"sqlite\"\nuri = \"http://c\"\n", "catalog.uri: has no meaning without catalog.type = \"rest\""),
+    ] {
+        let errors = Case::new().errors(&of(section));
+        assert!(errors.len() == 1 && errors[0].contains(problem) && !errors[0].contains("pass"), "{errors:?}");
+    }
+}
+
 #[test]
 fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names() {
     let document =
@@ -344,12 +388,23 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
         let mut case = Case::new();
         fs::write(case.folder.path().join("schema.json"), &document).unwrap();
         fs::write(case.folder.path().join("other.json"), SCHEMA.replace("\"status\"", "\"state\"")).unwrap();
+        let full = match rest_catalog(setting.key) {
+            Some(section) => &full.replace(SQLITE, section),
+            None => full,
+        };
         let before = shown(&case.load(full).unwrap());
         case.env.insert(variable.clone(), value.into());
         let by_variable = shown(&case.load(full).unwrap_or_else(|e| panic!("{variable}: {e}")));
         // A password is not shown.
-        let same_by_nature =
-            ["schema.file", "schema.registry_password", "event_time.policy", "catalog.type"].contains(&setting.key);
+        let same_by_nature = [
+            "schema.file",
+            "schema.registry_password",
+            "event_time.policy",
+            "catalog.type",
+            "catalog.token",
+            "catalog.sigv4",
+        ]
+        .contains(&setting.key);
         assert_eq!(by_variable == before, same_by_nature, "{variable} has no effect");
 
         let mounted = case.folder.path().join("mounted");
@@ -672,8 +727,16 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "device_id = \"count(*)\"",
         "pipeline.toml:43: windows.0.aggregates: \"device_id\" would be in the table twice",
     ),
-    ("type = \"sqlite\"", "type = \"rest\"", "pipeline.toml:52: catalog.type: \"rest\" comes with a later version"),
-    ("type = \"sqlite\"", "type = \"hive\"", "pipeline.toml:52: catalog.type: found \"hive\", allowed is \"sqlite\""),
+    (
+        "type = \"sqlite\"",
+        "type = \"rest\"\nuri = \"http://c\"",
+        "pipeline.toml:54: catalog.path: is for catalog.type = \"sqlite\"",
+    ),
+    (
+        "type = \"sqlite\"",
+        "type = \"hive\"",
+        "pipeline.toml:52: catalog.type: found \"hive\", allowed are \"sqlite\", \"rest\"",
+    ),
     (
         "s3://bucket/warehouse",
         "ftp://x",
@@ -902,9 +965,9 @@ fn mistakes_in_quality() {
 
 #[test]
 fn the_guarantee_follows_from_the_configuration() {
-    assert_eq!(load_ok(MINIMAL).guarantee(), "exactly once; 2 tables appear together (sqlite)");
+    assert_eq!(load_ok(MINIMAL).guarantee(None), "exactly once; 2 tables appear together (sqlite)");
     let text = FULL.replace("\"session.timeout.ms\" = 45000", "\"isolation.level\" = \"read_uncommitted\"");
-    let guarantee = load_ok(&text).guarantee();
+    let guarantee = load_ok(&text).guarantee(None);
     assert!(guarantee.contains("aborted transactions included, but offsets that expire"), "{guarantee}");
 }
 

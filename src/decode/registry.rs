@@ -19,7 +19,7 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 
 use crate::config::RegistryConfig;
-use crate::error::Kind;
+use crate::error::{Kind, chain};
 use crate::schema::Schema;
 
 /// Waits before an unknown id is asked for again: a registry may learn of a new schema a moment after its first record.
@@ -328,17 +328,6 @@ fn log(id: u32, writer: &Writer) {
             tracing::info!(id, "schema learned from the registry")
         }
     }
-}
-
-/// The causes too: reqwest's own text is only that sending failed.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::config::MaintenanceConfig;
+use crate::config::{CatalogConfig, Config, MaintenanceConfig};
 use crate::sink::iceberg::{IcebergSink, Round};
 use crate::telemetry::Telemetry;
 
@@ -25,14 +25,24 @@ pub(super) struct Upkeep {
     policy: MaintenanceConfig,
     telemetry: Telemetry,
     last: Instant,
+    /// Whether what no table shows is nobody's: a server may keep history of its own.
+    looks_for_orphans: bool,
     last_orphans: Option<Instant>,
     batches: usize,
     running: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
 }
 
 impl Upkeep {
-    pub(super) fn new(policy: MaintenanceConfig, telemetry: Telemetry) -> Upkeep {
-        Upkeep { policy, telemetry, last: Instant::now(), last_orphans: None, batches: 0, running: None }
+    pub(super) fn new(config: &Config, telemetry: Telemetry) -> Upkeep {
+        Upkeep {
+            policy: config.maintenance.clone(),
+            telemetry,
+            last: Instant::now(),
+            looks_for_orphans: matches!(config.catalog, CatalogConfig::Sqlite { .. }),
+            last_orphans: None,
+            batches: 0,
+            running: None,
+        }
     }
 
     /// A batch may have added a snapshot to every table.
@@ -47,7 +57,7 @@ impl Upkeep {
         if !due || self.running.as_ref().is_some_and(|(_, task)| !task.is_finished()) {
             return;
         }
-        let orphans = self.last_orphans.is_none_or(|last| last.elapsed() >= ORPHANS_EVERY);
+        let orphans = self.looks_for_orphans && self.last_orphans.is_none_or(|last| last.elapsed() >= ORPHANS_EVERY);
         if orphans {
             self.last_orphans = Some(Instant::now());
         }

@@ -121,7 +121,7 @@ fn write_page(out: &mut String, query: &super::Shared, health: &Health, now_ms: 
     write!(
         out,
         "<p class=dim>{} · since {} · Floe {}",
-        escape(&query.guarantee),
+        escape(&health.guarantee),
         rfc3339(health.since_ms),
         env!("CARGO_PKG_VERSION")
     )?;
@@ -256,6 +256,7 @@ mod tests {
     async fn every_endpoint_answers() {
         let telemetry = Telemetry::new("<b>pipe</b>", "exactly once; 3 tables appear together (sqlite)");
         telemetry.query_id(uuid::Uuid::nil());
+        telemetry.guarantee("exactly once".into());
         telemetry.tables(&["http.never".to_string()], &["http.minutes_never".to_string()]);
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -40,13 +40,13 @@ pub struct Telemetry(Arc<Shared>);
 
 struct Shared {
     name: String,
-    guarantee: String,
     clock: ClockMs,
     prometheus: PrometheusHandle,
     health: Mutex<Health>,
 }
 
 struct Health {
+    guarantee: String,
     /// Empty until the checkpoint has told it.
     query_id: String,
     state: State,
@@ -131,6 +131,7 @@ impl Telemetry {
         let prometheus = metrics::install();
         metrics::register();
         let health = Health {
+            guarantee: guarantee.into(),
             query_id: String::new(),
             state: State::Starting,
             since_ms: clock(),
@@ -144,14 +145,23 @@ impl Telemetry {
             batches: VecDeque::with_capacity(KEPT_BATCHES),
             maintenance: None,
         };
-        let (name, guarantee) = (name.into(), guarantee.into());
-        Telemetry(Arc::new(Shared { name, guarantee, clock, prometheus, health: Mutex::new(health) }))
+        let name = name.into();
+        Telemetry(Arc::new(Shared { name, clock, prometheus, health: Mutex::new(health) }))
     }
 
     /// The id that the checkpoint gave the query for ever.
     pub fn query_id(&self, query_id: Uuid) {
-        metrics::record_query(&self.0.name, &query_id.to_string(), &self.0.guarantee);
         self.health().query_id = query_id.to_string();
+    }
+
+    /// What holds for the tables, now that the catalog has been asked.
+    pub fn guarantee(&self, guarantee: String) {
+        let mut health = self.health();
+        metrics::record_query(&self.0.name, &health.query_id, &guarantee);
+        if health.guarantee != guarantee {
+            tracing::info!(guarantee, "the catalog has been asked");
+            health.guarantee = guarantee;
+        }
     }
 
     /// Names the tables before the first batch, so that their counters start at 0 and rates see the first rows.
@@ -309,7 +319,7 @@ impl Telemetry {
             name: &self.0.name,
             id: &health.query_id,
             version: env!("CARGO_PKG_VERSION"),
-            guarantee: &self.0.guarantee,
+            guarantee: &health.guarantee,
             state: health.state,
             since: rfc3339(health.since_ms),
             ready: not_ready_because.is_none(),

@@ -11,13 +11,13 @@ use crate::support::telemetry::Telemetry;
 use crate::support::turn;
 
 /// An S3-compatible server in memory: moto, whose conditional puts have one winner.
-struct S3 {
+pub struct S3 {
     server: Child,
-    address: String,
+    pub address: String,
 }
 
 impl S3 {
-    fn start() -> S3 {
+    pub fn start() -> S3 {
         let port = free_port();
         let server = Command::new(python())
             .args(["-c", "import sys, threading, os\nthreading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()\nfrom moto.server import main\nmain(sys.argv[1:])"])

@@ -25,6 +25,7 @@ pub struct Pipeline {
     env: BTreeMap<String, String>,
     pub topic: String,
     runs: Cell<u32>,
+    rest: Option<PathBuf>,
 }
 
 impl Pipeline {
@@ -79,7 +80,7 @@ impl Pipeline {
             checkpoint = path("checkpoint"),
         );
         let config = text.parse().expect("configuration");
-        Pipeline { dir, config, env: BTreeMap::new(), topic: topic.into(), runs: Cell::new(0) }
+        Pipeline { dir, config, env: BTreeMap::new(), topic: topic.into(), runs: Cell::new(0), rest: None }
     }
 
     /// Sets a key, given as a path with dots; a key that itself has dots goes through [`Pipeline::kafka`].
@@ -161,8 +162,16 @@ impl Pipeline {
         self.dir().join("catalog.db")
     }
 
+    /// Through the catalog's file, or through what [`Pipeline::rest`] has named.
     pub fn tables(&self) -> Tables {
-        Tables::new(self.catalog())
+        Tables::new(self.rest.clone().unwrap_or_else(|| self.catalog()))
+    }
+
+    /// A REST catalog at `uri`, maybe through a proxy; readers ask the server itself.
+    pub fn rest(&mut self, uri: &str, server: &str) -> &mut Self {
+        self.config.remove("catalog");
+        self.rest = Some(server.into());
+        self.set("catalog.type", "rest").set("catalog.uri", uri)
     }
 
     pub fn config_file(&self) -> PathBuf {

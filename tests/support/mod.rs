@@ -2,8 +2,10 @@
 #![allow(dead_code)]
 
 pub mod broker;
+pub mod catalogs;
 pub mod check;
 pub mod floe;
+pub mod proxy;
 pub mod reader;
 pub mod telemetry;
 

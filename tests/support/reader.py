@@ -12,6 +12,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, ValidationException
 from pyiceberg.types import StringType
@@ -31,10 +32,17 @@ def connect():
 
 
 def catalog(request, create=False):
+    if request["catalog"].startswith("http"):
+        return RestCatalog("rest", uri=request["catalog"], **request.get("properties", {}))
     properties = {"uri": f"sqlite:///{request['catalog']}", "init_catalog_tables": str(create).lower()}
     if "warehouse" in request:
         properties["warehouse"] = f"file://{request['warehouse']}"
     return SqlCatalog(CATALOG, **properties)
+
+
+def close(opened):
+    if isinstance(opened, SqlCatalog):
+        opened.engine.dispose()
 
 
 def query(connection, request):
@@ -50,14 +58,14 @@ def query(connection, request):
         return f"iceberg_scan('{table.metadata_location}')"
 
     sql = re.sub(r"\{([\w.]+)\}", source, request["sql"])
-    opened.engine.dispose()
+    close(opened)
     return [list(row) for row in connection.execute(sql).fetchall()]
 
 
 def table(request):
     opened = catalog(request)
     loaded = opened.load_table(request["table"])
-    opened.engine.dispose()
+    close(opened)
     return {
         "uuid": str(loaded.metadata.table_uuid),
         "metadata_location": loaded.metadata_location,
@@ -74,13 +82,29 @@ def table(request):
     }
 
 
+def attached(connection, request):
+    """DuckDB asks the REST catalog by itself; `r.namespace.table` in the SQL."""
+    options = f"type iceberg, endpoint '{request['catalog']}', authorization_type 'none'"
+    connection.execute(f"attach '' as r ({options})")
+    try:
+        return [list(row) for row in connection.execute(request["sql"]).fetchall()]
+    finally:
+        connection.execute("detach r")
+
+
+def touch(request):
+    """Another writer's commit, which leaves the rows as they are."""
+    loaded = catalog(request).load_table(request["table"])
+    loaded.append(loaded.schema().as_arrow().empty_table())
+
+
 def recreate(request):
     """Drops the table and creates one of the same name and schema: another table, as its UUID says."""
     opened = catalog(request)
     old = opened.load_table(request["table"])
     opened.drop_table(request["table"])
     opened.create_table(request["table"], schema=old.schema(), partition_spec=old.spec())
-    opened.engine.dispose()
+    close(opened)
 
 
 def write(request):
@@ -91,7 +115,7 @@ def write(request):
     written = opened.create_table_if_not_exists(request["table"], schema=rows.schema)
     if rows.num_rows:
         written.append(rows)
-    opened.engine.dispose()
+    close(opened)
 
 
 def add_column(request):
@@ -100,7 +124,7 @@ def add_column(request):
     update = opened.load_table(request["table"]).update_schema(allow_incompatible_changes=True)
     with update:
         update.add_column(request["column"], StringType(), required=request["required"])
-    opened.engine.dispose()
+    close(opened)
 
 
 def data_files(request):
@@ -147,6 +171,30 @@ def delete(request):
     opened.engine.dispose()
 
 
+def neighbour(request):
+    """What another engine does to a table: appends copies of rows under another topic, makes a branch and a tag, expires a snapshot."""
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    rows = loaded.scan(limit=request["rows"]).to_arrow().slice(0, request["rows"])
+    position = rows.column_names.index("_kafka_topic")
+    field = rows.schema.field("_kafka_topic")
+    rows = rows.set_column(position, field, pa.array(["neighbour"] * rows.num_rows, field.type))
+    loaded.append(rows)
+    current = loaded.current_snapshot().snapshot_id
+    loaded.manage_snapshots().create_branch(current, "audit").create_tag(current, "kept").commit()
+    oldest = loaded.snapshots()[0].snapshot_id
+    loaded.maintenance.expire_snapshots().by_id(oldest).commit()
+    opened.engine.dispose()
+    return [current, oldest]
+
+
+def refs(request):
+    opened = catalog(request)
+    found = {name: ref.snapshot_id for name, ref in opened.load_table(request["table"]).refs().items()}
+    opened.engine.dispose()
+    return found
+
+
 def answer(connection, request):
     match request["op"]:
         case "query":
@@ -155,6 +203,10 @@ def answer(connection, request):
             return table(request)
         case "recreate":
             return recreate(request)
+        case "attached":
+            return attached(connection, request)
+        case "touch":
+            return touch(request)
         case "drop":
             return catalog(request).drop_table(request["table"])
         case "write":
@@ -167,6 +219,10 @@ def answer(connection, request):
             return needed_files(request)
         case "delete":
             return delete(request)
+        case "neighbour":
+            return neighbour(request)
+        case "refs":
+            return refs(request)
         case "add_column":
             return add_column(request)
         case other:

@@ -114,10 +114,12 @@ fn try_ask(request: &Value) -> Result<Value, String> {
     }
 }
 
-/// A catalog file as PyIceberg sees it.
+/// A catalog as PyIceberg sees it: a file, or the address of a REST catalog.
 #[derive(Clone, Debug)]
 pub struct Tables {
     pub catalog: PathBuf,
+    /// What PyIceberg has to know besides, of a REST catalog.
+    properties: Value,
 }
 
 #[derive(Debug, serde::Deserialize)]
@@ -141,7 +143,11 @@ pub struct Snapshot {
 
 impl Tables {
     pub fn new(catalog: impl Into<PathBuf>) -> Tables {
-        Tables { catalog: catalog.into() }
+        Tables::over(catalog, json!({}))
+    }
+
+    pub fn over(catalog: impl Into<PathBuf>, properties: Value) -> Tables {
+        Tables { catalog: catalog.into(), properties }
     }
 
     /// Rows of a DuckDB query, in which `{namespace.table}` stands for a table.
@@ -162,7 +168,9 @@ impl Tables {
     }
 
     pub fn table(&self, name: &str) -> Table {
-        let table = try_ask(&json!({"op": "table", "catalog": self.catalog, "table": name, "scan": true}));
+        let table = try_ask(&json!({
+            "op": "table", "catalog": self.catalog, "table": name, "scan": true, "properties": self.properties,
+        }));
         serde_json::from_value(table.unwrap_or_else(|e| panic!("{e}"))).expect("table")
     }
 
@@ -208,12 +216,34 @@ impl Tables {
         self.of_table("delete", table, json!({"filter": filter}))
     }
 
+    /// Another engine appends so many rows under the topic `neighbour`, makes the branch `audit` and the tag `kept` of that, and
+    /// expires the oldest snapshot. Returns the snapshots: the new one, the expired one.
+    pub fn neighbour(&self, table: &str, rows: u64) -> (i64, i64) {
+        self.of_table("neighbour", table, json!({"rows": rows}))
+    }
+
+    /// Branches and tags.
+    pub fn refs(&self, table: &str) -> std::collections::BTreeMap<String, i64> {
+        self.of_table("refs", table, json!({}))
+    }
+
     /// Another engine adds a column of strings.
     pub fn add_column(&self, table: &str, column: &str, required: bool) {
         let request = json!({
             "op": "add_column", "catalog": self.catalog, "table": table, "column": column, "required": required,
         });
         try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Rows of a query for which DuckDB asks a REST catalog by itself; `r.namespace.table` stands for a table.
+    pub fn attached<T: DeserializeOwned>(&self, sql: &str) -> Vec<T> {
+        let rows = try_ask(&json!({"op": "attached", "catalog": self.catalog, "sql": sql}));
+        serde_json::from_value(rows.unwrap_or_else(|e| panic!("{e}"))).expect(sql)
+    }
+
+    /// Another engine commits to the table and leaves the rows as they are.
+    pub fn touch(&self, table: &str) {
+        try_ask(&json!({"op": "touch", "catalog": self.catalog, "table": table})).unwrap_or_else(|e| panic!("{e}"));
     }
 
     fn warehouse(&self) -> PathBuf {

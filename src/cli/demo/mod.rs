@@ -490,7 +490,7 @@ mod tests {
         let config = crate::config::load(&folder.join(CONFIG_FILE), &BTreeMap::new()).unwrap();
         assert_eq!(config.source.topics, [TOPIC]);
         assert_eq!(config.dead_letters.table, table_name(DEAD_LETTERS));
-        let crate::config::CatalogConfig::Sqlite { path, .. } = &config.catalog;
+        let crate::config::CatalogConfig::Sqlite { path, .. } = &config.catalog else { panic!("{config:?}") };
         assert_eq!(path, &folder.join("catalog.db"));
     }
 }

@@ -57,7 +57,6 @@ pub struct LoadedTable {
 pub struct TableChange {
     pub table: TableName,
     pub base: LoadedTable,
-    #[allow(dead_code)] // only catalogs over REST send them
     pub updates: Vec<TableUpdate>,
     /// `base` with the updates applied.
     pub metadata: TableMetadata,
@@ -76,7 +75,6 @@ impl TableChange {
 
     /// What must still be as it was read for the updates to apply: the table itself and the head of main always, besides
     /// what each update touches. Nothing in it guards a property: two changes of properties alone do not conflict.
-    #[allow(dead_code)] // only catalogs over REST send them
     pub fn requirements(&self) -> Vec<TableRequirement> {
         let base = &self.base.metadata;
         let unmoved = |reference: &str| TableRequirement::RefSnapshotIdMatch {
@@ -117,6 +115,13 @@ pub enum CommitError {
 
 #[async_trait]
 pub trait Catalog: fmt::Debug + Send + Sync {
+    /// Whether several changes in one commit all happen or none does. Where not, a commit is asked for one at a time.
+    fn commits_together(&self) -> bool;
+
+    /// Whether a commit that changes properties alone conflicts with another one. Where not, a late request of a process
+    /// that has been replaced could set a property back, and what must not be set back needs a snapshot along with it.
+    fn guards_properties(&self) -> bool;
+
     async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error>;
 
     /// Creates the table, its namespace too, or returns the one that someone else has just created.

@@ -6,6 +6,7 @@
 //! the table meanwhile is kept.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use futures::future::try_join_all;
@@ -13,15 +14,15 @@ use futures::{StreamExt, TryStreamExt};
 use iceberg::io::FileIO;
 use iceberg::spec::{
     DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestListWriter, ManifestWriterBuilder, Operation,
-    Snapshot, SnapshotRef, SnapshotSummaryCollector, Summary, TableMetadata,
+    Snapshot, SnapshotRef, SnapshotReference, SnapshotRetention, SnapshotSummaryCollector, Summary, TableMetadata,
 };
 use object_store::ObjectStoreExt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::catalog::{CommitError, LoadedTable, TableChange, iceberg_error};
+use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
 use super::manifests::Merge;
-use super::{BoundTable, Inner, files};
+use super::{BoundTable, Inner, files, probe};
 use crate::batch::BatchId;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
@@ -39,6 +40,15 @@ pub struct Marker {
     pub plan: String,
 }
 
+/// What holds the marker of a table: a property, because it outlives snapshot expiry, compaction by others and
+/// rollbacks. Where the catalog takes none, a tag of the same name with a dash on the last snapshot, whose summary has the
+/// marker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    Property,
+    Tag,
+}
+
 pub fn marker_property(query_id: Uuid) -> String {
     format!("floe.{query_id}")
 }
@@ -50,6 +60,8 @@ pub struct BatchCommit {
     pub tables: BTreeMap<String, Uuid>,
     /// Goes into the summary of every new snapshot: offset ranges, watermark.
     pub summary: BTreeMap<String, String>,
+    /// What the batch sets in every table beside the marker.
+    pub properties: BTreeMap<String, String>,
     /// New data files, by table in the order of the specs.
     pub files: Vec<Vec<DataFile>>,
 }
@@ -75,58 +87,122 @@ impl Inner {
             return Err(Error::fatal(format!("a commit of {} tables for {}", commit.files.len(), self.tables.len())));
         }
         let mut conflict = String::new();
-        for attempt in 0..ATTEMPTS {
+        // By table: manifests of attempts that met a conflict.
+        let mut overtaken: Vec<Vec<String>> = vec![Vec::new(); self.tables.len()];
+        'attempts: for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 tokio::time::sleep(BACKOFF.delay(attempt - 1, random())).await;
             }
-            let loaded = self.load_all().await?;
+            let mut loaded = self.load_all().await?;
             let standing = self.standing(&loaded, commit)?;
+            // Only where the batch is not in the table: a server that answers for several tables at once may have changed
+            // some of them before the conflict, and one that a proxy has asked twice conflicts with itself.
+            for (overtaken, standing) in overtaken.iter_mut().zip(&standing) {
+                let written = std::mem::take(overtaken);
+                if *standing == Standing::Pending {
+                    self.forget(written.into_iter()).await;
+                }
+            }
             if standing.iter().all(|s| *s == Standing::Done) {
                 return Ok(Committed { already: true, snapshots: self.snapshots_of(&loaded, commit.marker.batch) });
             }
-            let pending = loaded.iter().zip(&self.tables).zip(&commit.files).zip(&standing);
-            let staged: Vec<Staged> = try_join_all(
-                pending
-                    .filter(|(_, standing)| **standing == Standing::Pending)
-                    .map(|(((loaded, table), files), _)| self.stage(table, loaded, commit, files)),
-            )
-            .await?;
-            let (changes, written): (Vec<_>, Vec<_>) = staged.into_iter().map(|s| (s.change, s.written)).unzip();
-            match self.catalog.commit(&changes).await {
-                Ok(()) => {
-                    let mut now = loaded;
-                    for change in changes {
-                        if let Some(i) = self.tables.iter().position(|t| t.name == change.table) {
-                            now[i].metadata = change.metadata.into();
+            let pending: Vec<usize> = (0..loaded.len()).filter(|&i| standing[i] == Standing::Pending).collect();
+            let staged = pending.iter().map(|&i| self.stage(i, &loaded[i], commit));
+            let staged: Vec<Staged> = try_join_all(staged).await?;
+            let together = if self.catalog.commits_together() { staged.len() } else { 1 };
+            let mut staged = staged.into_iter().peekable();
+            while staged.peek().is_some() {
+                let (mut changes, mut written) = (Vec::new(), Vec::new());
+                for Staged { index, change, manifests } in staged.by_ref().take(together) {
+                    changes.push(change);
+                    written.push((index, manifests));
+                }
+                match self.catalog.commit(&changes).await {
+                    Ok(()) => {
+                        for ((i, _), change) in written.iter().zip(changes) {
+                            loaded[*i].metadata = change.metadata.into();
                         }
                     }
-                    return Ok(Committed { already: false, snapshots: self.snapshots_of(&now, commit.marker.batch) });
-                }
-                Err(CommitError::Conflict(message)) => {
-                    tracing::debug!(batch = commit.marker.batch, attempt, message, "commit conflict; reloading");
-                    self.forget(written.into_iter().flatten()).await;
-                    conflict = message;
-                }
-                Err(CommitError::Failed(Error::Indeterminate { message })) => {
-                    let now = self.load_all().await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
-                    if self.standing(&now, commit)?.iter().all(|s| *s == Standing::Done) {
+                    Err(CommitError::Conflict(message)) => {
+                        tracing::debug!(batch = commit.marker.batch, attempt, message, "commit conflict; reloading");
+                        written.into_iter().for_each(|(i, manifests)| overtaken[i].extend(manifests));
+                        conflict = message;
+                        continue 'attempts;
+                    }
+                    Err(CommitError::Failed(Error::Indeterminate { message })) => {
+                        let now = self.load_all().await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
+                        let standing = self.standing(&now, commit)?;
+                        if written.iter().any(|(i, _)| standing[*i] == Standing::Pending) {
+                            return Err(Error::Indeterminate { message });
+                        }
                         tracing::debug!(
                             batch = commit.marker.batch,
                             message,
                             "a commit of unknown outcome has happened"
                         );
-                        return Ok(Committed {
-                            already: false,
-                            snapshots: self.snapshots_of(&now, commit.marker.batch),
-                        });
+                        written.iter().for_each(|(i, _)| loaded[*i] = now[*i].clone());
                     }
-                    return Err(Error::Indeterminate { message });
+                    Err(CommitError::Failed(error)) => return Err(error),
                 }
-                Err(CommitError::Failed(error)) => return Err(error),
             }
+            return Ok(Committed { already: false, snapshots: self.snapshots_of(&loaded, commit.marker.batch) });
         }
         let batch = commit.marker.batch;
         Err(Error::transient(format!("batch {batch}: other writers were faster in {ATTEMPTS} attempts: {conflict}")))
+    }
+
+    /// The last batch of this query that the table has, by property or by tag. A marker that cannot be read must not pass
+    /// for a table without one.
+    pub(super) fn marker(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<Marker>, Error> {
+        Ok(self.carried(table, metadata)?.map(|(_, marker)| marker))
+    }
+
+    fn carried(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<(Carrier, Marker)>, Error> {
+        let tagged = metadata.snapshot_for_ref(&self.marker_tag());
+        let of_tag = tagged.and_then(|snapshot| snapshot.summary().additional_properties.get(&self.marker_property));
+        let of_property = metadata.properties().get(&self.marker_property);
+        let mut newest: Option<(Carrier, Marker)> = None;
+        for (carrier, json) in [(Carrier::Property, of_property), (Carrier::Tag, of_tag)] {
+            let Some(json) = json else { continue };
+            let marker: Marker = serde_json::from_str(json).map_err(|e| {
+                Error::fatal(format!(
+                    "table {table}: {} does not say which batch it has ({e}): {json}",
+                    self.marker_property
+                ))
+            })?;
+            if newest.as_ref().is_none_or(|(_, newest)| newest.batch < marker.batch) {
+                newest = Some((carrier, marker));
+            }
+        }
+        Ok(newest)
+    }
+
+    fn marker_tag(&self) -> String {
+        format!("floe-{}", self.query_id)
+    }
+
+    /// What carries the marker; tried out the first time that a table gets one from this query.
+    async fn carrier(&self, table: &TableName, metadata: &TableMetadata) -> Result<Carrier, Error> {
+        if let Some((carrier, _)) = self.carried(table, metadata)? {
+            return Ok(carrier);
+        }
+        if self.catalog.guards_properties() {
+            return Ok(Carrier::Property);
+        }
+        let known = self.carriers.lock().unwrap_or_else(PoisonError::into_inner).get(table).copied();
+        if let Some(carrier) = known {
+            return Ok(carrier);
+        }
+        let carrier = match probe::properties(self.catalog.as_ref(), table).await? {
+            probe::Properties::Kept => Carrier::Property,
+            probe::Properties::Refused(why) => {
+                let tag = self.marker_tag();
+                tracing::warn!(table = %table, why, tag, "the catalog keeps no property of Floe's; a tag carries the marker");
+                Carrier::Tag
+            }
+        };
+        self.carriers.lock().unwrap_or_else(PoisonError::into_inner).insert(table.clone(), carrier);
+        Ok(carrier)
     }
 
     /// Where every table stands with regard to the batch, or why the batch must not be committed at all.
@@ -168,34 +244,41 @@ impl Inner {
         snapshot_of(metadata, &self.marker_property, batch)
     }
 
-    /// Writes manifest and manifest list, if there are files, and makes the table's next metadata.
-    async fn stage(
-        &self,
-        table: &BoundTable,
-        loaded: &LoadedTable,
-        commit: &BatchCommit,
-        files: &[DataFile],
-    ) -> Result<Staged, Error> {
+    /// Writes manifest and manifest list, if there are files or the marker needs a snapshot, and makes the table's next
+    /// metadata.
+    async fn stage(&self, index: usize, loaded: &LoadedTable, commit: &BatchCommit) -> Result<Staged, Error> {
+        let (table, files) = (&self.tables[index], &commit.files[index]);
         let failed = |e| iceberg_error("commit to", &table.name, e);
         let marker = serde_json::to_string(&commit.marker)
             .map_err(|e| Error::fatal(format!("the marker has no JSON form: {e}")))?;
-        let mut written = Vec::new();
+        let carrier = self.carrier(&table.name, &loaded.metadata).await?;
+        let mut manifests = Vec::new();
         let mut snapshot = None;
-        if !files.is_empty() {
+        // Without files too where nothing else keeps a late request from setting the marker back.
+        if !files.is_empty() || !self.catalog.guards_properties() {
             let mut properties: HashMap<String, String> = commit.summary.clone().into_iter().collect();
             properties.insert(self.marker_property.clone(), marker.clone());
-            let appended = self.append(table, &loaded.metadata, files, properties, &mut written).await;
+            let appended = self.append(table, &loaded.metadata, files, properties, &mut manifests).await;
             snapshot = Some(appended.map_err(failed)?);
         }
-        let change = TableChange::new(&table.name, loaded, |builder| {
-            let builder = builder.set_properties([(self.marker_property.clone(), marker)].into())?;
-            match snapshot {
-                // Unlike setting the reference, this keeps the retention that the user gave the branch.
-                Some(snapshot) => builder.set_branch_snapshot(snapshot, MAIN_BRANCH),
-                None => Ok(builder),
+        let mut properties: HashMap<String, String> = commit.properties.clone().into_iter().collect();
+        properties.insert(self.marker_property.clone(), marker);
+        let change = TableChange::new(&table.name, loaded, |mut builder| {
+            if carrier == Carrier::Property {
+                builder = builder.set_properties(properties)?;
             }
+            if let Some(snapshot) = snapshot {
+                let snapshot_id = snapshot.snapshot_id();
+                // Unlike setting the reference, this keeps the retention that the user gave the branch.
+                builder = builder.set_branch_snapshot(snapshot, MAIN_BRANCH)?;
+                if carrier == Carrier::Tag {
+                    let retention = SnapshotRetention::Tag { max_ref_age_ms: None };
+                    builder = builder.set_ref(&self.marker_tag(), SnapshotReference { snapshot_id, retention })?;
+                }
+            }
+            Ok(builder)
         });
-        Ok(Staged { change: change.map_err(failed)?, written })
+        Ok(Staged { index, change: change.map_err(failed)?, manifests })
     }
 
     pub(super) async fn append(
@@ -221,19 +304,24 @@ impl Inner {
         let schema_id = table.files.schema.schema_id();
         let schema = metadata.schema_by_id(schema_id).ok_or_else(|| gone("schema"))?;
 
-        let manifest_path = format!("{folder}/{attempt}-m0.avro");
-        written.push(manifest_path.clone());
-        let output = self.file_io.new_output(manifest_path)?;
-        let mut manifest = ManifestWriterBuilder::new(output, Some(snapshot_id), schema.clone(), spec.as_ref().clone())
-            .build_v2_data();
-        for file in files {
-            // No sequence number: readers inherit it from the manifest list.
-            manifest.add_file(file.clone(), iceberg::spec::UNASSIGNED_SEQUENCE_NUMBER)?;
+        let mut list_of: Vec<ManifestFile> = Vec::new();
+        if !files.is_empty() {
+            let manifest_path = format!("{folder}/{attempt}-m0.avro");
+            written.push(manifest_path.clone());
+            let output = self.file_io.new_output(manifest_path)?;
+            let mut manifest =
+                ManifestWriterBuilder::new(output, Some(snapshot_id), schema.clone(), spec.as_ref().clone())
+                    .build_v2_data();
+            for file in files {
+                // No sequence number: readers inherit it from the manifest list.
+                manifest.add_file(file.clone(), iceberg::spec::UNASSIGNED_SEQUENCE_NUMBER)?;
+            }
+            list_of.push(manifest.write_manifest_file().await?);
         }
-        let mut list_of: Vec<ManifestFile> = vec![manifest.write_manifest_file().await?];
+        let new = list_of.len();
 
         // Every manifest of the parent is taken over, small ones merged when there are many.
-        let mut counts = HashMap::from([("manifests-created", 1), ("manifests-kept", 0), ("manifests-replaced", 0)]);
+        let mut counts = HashMap::from([("manifests-created", new), ("manifests-kept", 0), ("manifests-replaced", 0)]);
         if let Some(parent) = parent {
             // Those with nothing but deleted entries have said what they had to.
             let is_alive = |m: &ManifestFile| m.has_added_files() || m.has_existing_files();
@@ -242,7 +330,7 @@ impl Inner {
             let path = |n: usize| format!("{folder}/{attempt}-m{n}.avro");
             let merge = Merge { file_io: &self.file_io, metadata, spec_id, schema, snapshot_id };
             let merged = merge.run(parents, path, written).await;
-            counts.insert("manifests-created", 1 + merged.created);
+            counts.insert("manifests-created", new + merged.created);
             counts.insert("manifests-kept", merged.manifests.len() - merged.created);
             counts.insert("manifests-replaced", merged.replaced);
             counts.insert("entries-processed", merged.entries);
@@ -398,9 +486,11 @@ impl NextSnapshot {
 }
 
 struct Staged {
+    /// In the order of the specs.
+    index: usize,
     change: TableChange,
-    /// Manifest and manifest list.
-    written: Vec<String>,
+    /// Manifests and manifest list that were written for it.
+    manifests: Vec<String>,
 }
 
 /// The snapshot summary: `properties`, with what was added and removed among them, and the running totals that readers and

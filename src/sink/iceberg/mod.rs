@@ -7,6 +7,8 @@
 
 mod catalog;
 mod commit;
+#[cfg(test)]
+mod conformance;
 mod evolution;
 mod files;
 mod layout;
@@ -15,16 +17,21 @@ mod manifests;
 mod metadata;
 mod order;
 mod plan;
+mod probe;
 mod read;
+mod rest;
 mod sqlite;
 mod storage;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_order;
+#[cfg(test)]
+mod tests_properties;
+mod vended;
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
 
 use arrow::datatypes::SchemaRef;
 use futures::future::try_join_all;
@@ -34,6 +41,7 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use self::catalog::{Catalog, LoadedTable, TableName};
+use self::commit::Carrier;
 use self::files::FileLayout;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
@@ -45,6 +53,7 @@ pub use self::evolution::Change;
 pub use self::files::TableWriter;
 pub use self::maintenance::{Maintainer, Round, TableReport};
 pub use self::plan::{TablePlan, TableStep};
+pub use self::probe::{Probed, probe};
 pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
 pub use iceberg::expr::{Predicate, Reference};
@@ -87,6 +96,8 @@ struct Inner {
     runtime: Handle,
     query_id: Uuid,
     marker_property: String,
+    /// Where the marker of a table goes that has none of this query yet.
+    carriers: Mutex<HashMap<TableName, Carrier>>,
     tables: Vec<BoundTable>,
 }
 
@@ -112,6 +123,7 @@ impl IcebergSink {
             CatalogConfig::Sqlite { path, warehouse } => {
                 Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
             }
+            CatalogConfig::Rest(rest) => Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?),
         };
         let tables = plan::carry_out(catalog.as_ref(), pipeline, specs)
             .await?
@@ -121,19 +133,29 @@ impl IcebergSink {
             .collect::<Result<_, _>>()?;
         let runtime = Handle::current();
         let marker_property = marker_property(query_id);
-        Ok(IcebergSink(Arc::new(Inner { catalog, storage, file_io, runtime, query_id, marker_property, tables })))
+        let carriers = Mutex::default();
+        Ok(IcebergSink(Arc::new(Inner {
+            catalog,
+            storage,
+            file_io,
+            runtime,
+            query_id,
+            marker_property,
+            carriers,
+            tables,
+        })))
     }
 
     /// What [`IcebergSink::open`] would do to every table, found out without a change to anything.
     pub async fn plan(catalog: &CatalogConfig, specs: &[TableSpec]) -> Result<Vec<TablePlan>, Error> {
-        let file_io = TableStorage::default().file_io();
-        let catalog = match catalog {
-            CatalogConfig::Sqlite { path, warehouse } => {
-                sqlite::SqliteCatalog::open_read_only(path, warehouse, file_io).await?
-            }
-        };
-        let planned = plan::plan(catalog.as_ref().map(|c| c as &dyn Catalog), specs).await?;
+        let catalog = open_read_only(catalog, &TableStorage::default()).await?;
+        let planned = plan::plan(catalog.as_deref(), specs).await?;
         Ok(planned.into_iter().map(|p| p.plan).collect())
+    }
+
+    /// Whether the tables of a batch appear at once, or else one after another.
+    pub fn commits_together(&self) -> bool {
+        self.0.catalog.commits_together()
     }
 
     /// Every table as it is now, in the order of the specs.
@@ -205,34 +227,42 @@ impl Inner {
         .await
     }
 
-    /// A marker that cannot be read must not pass for a table without one.
-    fn marker(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<Marker>, Error> {
-        let Some(json) = metadata.properties().get(&self.marker_property) else { return Ok(None) };
-        serde_json::from_str(json).map(Some).map_err(|e| {
-            Error::fatal(format!(
-                "table {table}: property {} does not say which batch it has ({e}): {json}",
-                self.marker_property
-            ))
-        })
-    }
-
     fn others(&self, metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
-        let mut others: Vec<(Uuid, Marker)> = metadata
-            .properties()
-            .iter()
-            .filter_map(|(key, json)| {
-                let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok().filter(|id| *id != self.query_id)?;
-                Some((id, serde_json::from_str(json).ok()?))
-            })
-            .collect();
-        others.sort_by_key(|(id, _)| *id);
+        let mut others = markers(metadata);
+        others.retain(|(id, _)| *id != self.query_id);
         others
     }
+}
+
+/// A catalog to look at only. None where there is no catalog yet.
+async fn open_read_only(catalog: &CatalogConfig, storage: &TableStorage) -> Result<Option<Arc<dyn Catalog>>, Error> {
+    Ok(match catalog {
+        CatalogConfig::Sqlite { path, warehouse } => {
+            let catalog = sqlite::SqliteCatalog::open_read_only(path, warehouse, storage.file_io()).await?;
+            catalog.map(|catalog| Arc::new(catalog) as Arc<dyn Catalog>)
+        }
+        CatalogConfig::Rest(rest) => Some(Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?)),
+    })
+}
+
+/// Every query's marker.
+fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
+    let marker = |(key, json): (&String, &String)| {
+        let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok()?;
+        Some((id, serde_json::from_str(json).ok()?))
+    };
+    let mut markers: Vec<(Uuid, Marker)> = metadata.properties().iter().filter_map(marker).collect();
+    markers.sort_by_key(|(id, _)| *id);
+    markers
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
+    }
+    let ignored = files::without_effect(metadata.properties());
+    if !ignored.is_empty() {
+        tracing::warn!(table = %name, properties = ignored.join(", "), "table properties that floe does not heed when it writes files");
     }
     let files = FileLayout::of(&name, metadata, file_io)?;
     Ok(BoundTable { name, files: Arc::new(files) })

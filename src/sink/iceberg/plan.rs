@@ -122,19 +122,23 @@ pub async fn carry_out(
             return Ok(planned.into_iter().filter_map(|p| Some((p.name, p.loaded?))).collect());
         }
         let (plans, changes): (Vec<_>, Vec<_>) = planned.into_iter().filter_map(|p| Some((p.plan, p.evolved?))).unzip();
-        match catalog.commit(&changes).await {
-            Ok(()) => {
-                for plan in &plans {
-                    if let TableStep::Evolve(changes) = &plan.step {
-                        tracing::info!(table = plan.table, changes = evolution::listed(changes), "evolved table");
+        let together = if catalog.commits_together() { changes.len() } else { 1 };
+        for (plans, changes) in plans.chunks(together).zip(changes.chunks(together)) {
+            match catalog.commit(changes).await {
+                Ok(()) => {
+                    for plan in plans {
+                        if let TableStep::Evolve(changes) = &plan.step {
+                            tracing::info!(table = plan.table, changes = evolution::listed(changes), "evolved table");
+                        }
                     }
                 }
+                Err(CommitError::Conflict(message)) => {
+                    overtaken = message;
+                    tokio::time::sleep(BACKOFF.delay(attempt, random())).await;
+                    break;
+                }
+                Err(CommitError::Failed(error)) => return Err(error),
             }
-            Err(CommitError::Conflict(message)) => {
-                overtaken = message;
-                tokio::time::sleep(BACKOFF.delay(attempt, random())).await;
-            }
-            Err(CommitError::Failed(error)) => return Err(error),
         }
     }
     Err(Error::transient(format!("the tables could not be made to fit in {ATTEMPTS} attempts: {overtaken}")))

@@ -17,10 +17,12 @@ use iceberg::spec::{
 };
 use iceberg::table::Table;
 use iceberg::{NamespaceIdent, Runtime, TableIdent};
+use uuid::Uuid;
 
-use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName, iceberg_error};
+use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
 use super::storage::TableStorage;
-use super::{IcebergSink, sqlite};
+use super::{IcebergSink, Marker, open_read_only};
+use crate::batch::BatchId;
 use crate::config::CatalogConfig;
 use crate::sink::Error;
 
@@ -47,16 +49,34 @@ pub enum Append {
 impl PinnedTable {
     /// The table as it is now; none where there is no such table. Creates nothing.
     pub async fn open(catalog: &CatalogConfig, name: &str) -> Result<Option<PinnedTable>, Error> {
-        let file_io = TableStorage::default().file_io();
+        let storage = TableStorage::default();
         let name = TableName::parse(name)?;
-        let CatalogConfig::Sqlite { path, warehouse } = catalog;
-        let catalog = sqlite::SqliteCatalog::open_read_only(path, warehouse, file_io.clone()).await?;
-        let Some(catalog) = catalog else { return Ok(None) };
+        let Some(catalog) = open_read_only(catalog, &storage).await? else { return Ok(None) };
+        let file_io = storage.file_io();
         Ok(catalog.load(&name).await?.map(|loaded| PinnedTable { name, loaded, file_io }))
     }
 
     pub fn name(&self) -> String {
         self.name.to_string()
+    }
+
+    pub fn uuid(&self) -> Uuid {
+        self.loaded.metadata.uuid()
+    }
+
+    pub fn property(&self, name: &str) -> Option<&str> {
+        self.loaded.metadata.properties().get(name).map(String::as_str)
+    }
+
+    /// The queries that have written to the table, each with the last batch that the table has of it.
+    pub fn markers(&self) -> Vec<(Uuid, Marker)> {
+        super::markers(&self.loaded.metadata)
+    }
+
+    /// The snapshot that holds a batch's rows; none where it had none or the snapshot has expired.
+    pub fn snapshot_of(&self, query_id: Uuid, batch: BatchId) -> Option<i64> {
+        let property = super::marker_property(query_id);
+        super::commit::snapshot_of(&self.loaded.metadata, &property, batch).map(|s| s.snapshot_id())
     }
 
     pub fn has_column(&self, name: &str) -> bool {
@@ -218,6 +238,10 @@ impl IcebergSink {
         match self.0.catalog.commit(&[change]).await {
             Ok(()) => Ok(Append::Done { snapshot: snapshot_id }),
             Err(CommitError::Conflict(_)) => {
+                // A proxy that has sent the request twice gets a conflict with itself.
+                if self.pin(table).await?.loaded.metadata.snapshot_by_id(snapshot_id).is_some() {
+                    return Ok(Append::Done { snapshot: snapshot_id });
+                }
                 self.0.forget(written.into_iter()).await;
                 Ok(Append::Conflict)
             }

@@ -164,6 +164,14 @@ impl SqliteCatalog {
 
 #[async_trait]
 impl Catalog for SqliteCatalog {
+    fn commits_together(&self) -> bool {
+        true
+    }
+
+    fn guards_properties(&self) -> bool {
+        true
+    }
+
     async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
         let Some(metadata_location) = self.metadata_location(table).await? else { return Ok(None) };
         if let Some(seen) = self.seen().get(table).filter(|seen| seen.metadata_location == metadata_location) {

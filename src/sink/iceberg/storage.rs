@@ -23,21 +23,29 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWrite;
 
+use super::vended::Vended;
+
 /// Files up to this size go out in one request; larger ones in parts of it.
 const PART_BYTES: usize = 8 << 20;
 /// Parts of one file on their way at the same time: what bounds the memory of a slow store.
 const PARTS_IN_FLIGHT: usize = 4;
 
-/// Every store that a location has named so far. Clones share the stores.
+/// Every store that a location has named so far, and what catalogs have vended. Clones share both.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct TableStorage {
     #[serde(skip)]
     stores: Arc<Mutex<HashMap<String, Arc<dyn ObjectStore>>>>,
+    #[serde(skip)]
+    vended: Arc<Vended>,
 }
 
 impl TableStorage {
     pub fn file_io(&self) -> FileIO {
         FileIOBuilder::new(Arc::new(self.clone())).build()
+    }
+
+    pub fn vended(&self) -> &Vended {
+        &self.vended
     }
 
     /// The store that holds `location`, and the path in it.
@@ -52,6 +60,12 @@ impl TableStorage {
             None => ("file:///", location.strip_prefix("file:").unwrap_or(location)),
         };
         let path = Path::parse(key).map_err(|e| invalid(e.to_string()))?;
+        if let Some((_, bucket)) = root.split_once("://").filter(|(scheme, _)| scheme.starts_with("s3"))
+            && let Some(store) =
+                self.vended.store(location, bucket.trim_end_matches('/')).map_err(|e| invalid(e.to_string()))?
+        {
+            return Ok((store, path));
+        }
         let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(store) = stores.get(root) {
             return Ok((store.clone(), path));

@@ -108,6 +108,7 @@ pub(super) async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<
     BatchCommit {
         marker: Marker { pipeline: "telemetry".into(), batch, plan: format!("sha256:{batch}") },
         tables: sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect(),
+        properties: BTreeMap::new(),
         summary: [("floe.offsets".to_string(), "{}".to_string())].into(),
         files,
     }
@@ -330,6 +331,14 @@ async fn a_change_is_the_same_in_both_of_its_forms() {
     assert!(required.iter().all(|r| r.check(Some(&base.metadata)).is_ok()));
     assert!(required.iter().any(|r| matches!(r, TableRequirement::RefSnapshotIdMatch { snapshot_id: None, .. })));
     assert!(required.iter().any(|r| r.check(Some(&change.metadata)).is_err()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_embedded_catalog_conforms() {
+    let fixture = Fixture::new();
+    let CatalogConfig::Sqlite { path, warehouse } = fixture.catalog() else { panic!() };
+    let catalog = sqlite::SqliteCatalog::open(&path, &warehouse, TableStorage::default().file_io()).await.unwrap();
+    conformance::conforms(&catalog, "conformance").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -797,6 +806,14 @@ struct LostReply {
 
 #[async_trait::async_trait]
 impl Catalog for LostReply {
+    fn commits_together(&self) -> bool {
+        self.inner.commits_together()
+    }
+
+    fn guards_properties(&self) -> bool {
+        self.inner.guards_properties()
+    }
+
     async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
         self.inner.load(table).await
     }
@@ -827,6 +844,7 @@ async fn a_commit_of_unknown_outcome_is_looked_up() {
             runtime: inner.runtime.clone(),
             query_id: inner.query_id,
             marker_property: inner.marker_property.clone(),
+            carriers: Default::default(),
             tables: vec![BoundTable { name: inner.tables[0].name.clone(), files: inner.tables[0].files.clone() }],
         }));
         match lossy.commit(&commit).await {
