@@ -801,6 +801,52 @@ fn the_fingerprint_changes_with_what_a_batch_means_and_with_nothing_else() {
 }
 
 #[test]
+fn windows_may_share_a_table_of_late_rows() {
+    let late = "size = \"1 minute\"\nlate = \"table\"\n";
+    let own = FULL.replace("size = \"1 minute\"\n", late);
+    let tables = |text: &str| {
+        let config = Case::new().load(text).unwrap();
+        let pipeline = crate::pipeline::Pipeline::compile(&config).unwrap();
+        let names: Vec<String> = pipeline.tables.iter().map(|t| t.name.clone()).collect();
+        assert_eq!(names, config.tables().map(|t| t.table.clone()).collect::<Vec<_>>());
+        names
+    };
+    let minutes = ["telemetry.events", "telemetry.device_minutes", "telemetry.device_minutes_late"];
+    assert_eq!(tables(&own), [&minutes[..], &["telemetry.refused"]].concat());
+    let second = "[[windows]]\ntable = \"telemetry.hours\"\nsize = \"1 hour\"\nlate = \"table\"\n\
+                  late_table = \"telemetry.device_minutes_late\"\n[windows.aggregates]\nn = \"count(*)\"\n[dead_letters]\n";
+    let shared = own.replace("[dead_letters]\n", second);
+    assert_eq!(tables(&shared), [&minutes[..], &["telemetry.hours", "telemetry.refused"]].concat());
+    let clash = own.replace("a_first", "watermark");
+    let errors = Case::new().errors(&clash);
+    assert_eq!(errors.len(), 1, "{errors:#?}");
+    assert!(
+        errors[0].contains("windows.0.late: late rows get a column watermark, which there is already"),
+        "{errors:#?}"
+    );
+}
+
+#[test]
+fn what_windows_are_made_of_is_in_the_fingerprint() {
+    let fingerprint = |setting: &str| {
+        let text = FULL.replace("size = \"1 minute\"", &format!("size = \"1 day\"\n{setting}"));
+        Case::new().load(&text).unwrap().fingerprint
+    };
+    let settings = [
+        "",
+        "slide = \"12 hours\"",
+        "start = \"1 hour\"",
+        "time_zone = \"Europe/Berlin\"",
+        "time_zone = \"Europe/London\"",
+        "filter = \"battery_low\"",
+        "late = \"table\"",
+    ];
+    let all: std::collections::BTreeSet<String> = settings.iter().map(|s| fingerprint(s)).collect();
+    assert_eq!(all.len(), settings.len());
+    assert_eq!(fingerprint("slide = \"24 hours\"\nstart = \"0 s\"\nlate = \"drop\""), fingerprint(""));
+}
+
+#[test]
 fn the_worked_example_is_sound() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/telemetry.toml");
     let config = load(&file, &BTreeMap::new()).unwrap();

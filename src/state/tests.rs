@@ -326,7 +326,11 @@ fn many_windows_in_one_chunk() {
 
 #[test]
 fn the_result_does_not_depend_on_workers_or_chunks() {
-    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL), config(3 * MINUTE as u64, &[], &ALL)]);
+    let mut sliding = config(3 * MINUTE as u64, &["b"], &ALL);
+    let micros = |us: i64| Duration::from_micros(us as u64);
+    sliding.windowing = Windowing::new(micros(3 * MINUTE), Some(micros(MINUTE)), micros(7), None).unwrap();
+    let configs = [config(MINUTE as u64, &["device"], &ALL), config(3 * MINUTE as u64, &[], &ALL), sliding];
+    let queries = queries(&configs);
     let lanes = |chunk: usize| -> Vec<Lane> {
         (0..5)
             .map(|p| {
