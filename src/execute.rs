@@ -27,6 +27,7 @@ use uuid::Uuid;
 use crate::batch::MicroBatch;
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
+use crate::decode::registry::BatchRegistry;
 use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
 use crate::late;
@@ -47,11 +48,13 @@ pub struct Executed {
 }
 
 /// Runs one attempt at a batch. Blocks; `cancel` makes it stop within a fraction of a second.
+#[allow(clippy::too_many_arguments)]
 pub fn execute(
     pipeline: &Arc<Pipeline>,
     sink: &IcebergSink,
     mut state: StateStore,
     plan: &MicroBatch,
+    registry: Option<Arc<BatchRegistry>>,
     chunks: Chunks,
     attempt: Uuid,
     cancel: &AtomicBool,
@@ -61,6 +64,7 @@ pub fn execute(
         pipeline,
         sink,
         plan,
+        registry,
         attempt,
         cancel,
         chunks: Mutex::new(chunks),
@@ -201,6 +205,7 @@ struct Job<'a> {
     pipeline: &'a Pipeline,
     sink: &'a IcebergSink,
     plan: &'a MicroBatch,
+    registry: Option<Arc<BatchRegistry>>,
     attempt: Uuid,
     cancel: &'a AtomicBool,
     chunks: Mutex<Chunks>,
@@ -215,7 +220,7 @@ impl<'a> Job<'a> {
     }
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
-        let mut decoder = RecordDecoder::new(self.pipeline.schema.clone(), self.pipeline.registry.clone());
+        let mut decoder = RecordDecoder::new(self.pipeline.schema.clone(), self.registry.clone());
         let mut writers = self.writers(worker);
         let mut counts = Counts::default();
         while let Some(mut chunk) = self.next_chunk()? {

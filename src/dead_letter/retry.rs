@@ -21,6 +21,7 @@ use crate::checkpoint::Checkpoint;
 use crate::clock;
 use crate::config::Config;
 use crate::decode::RecordDecoder;
+use crate::decode::registry::BatchRegistry;
 use crate::error::Error as QueryError;
 use crate::execute::{self, Admitted};
 use crate::failpoint;
@@ -329,10 +330,11 @@ struct Work {
 impl Work {
     fn new(attempt: &Attempt, sink: Option<&IcebergSink>, todo: Places) -> Work {
         let pipeline = attempt.pipeline.clone();
+        let registry = pipeline.registry.clone().map(|registry| BatchRegistry::new(registry, None));
         let late = |&table: &usize| Late { table: pipeline.tables[table].name.clone(), ..Late::default() };
         let report = Report { late: pipeline.windows.iter().map(late).collect(), ..Report::default() };
         Work {
-            decoder: RecordDecoder::new(pipeline.schema.clone(), pipeline.registry.clone()),
+            decoder: RecordDecoder::new(pipeline.schema.clone(), registry.map(Arc::new)),
             pipeline,
             writer: sink.map(|sink| sink.writer_of(0, "retry-", Uuid::new_v4())),
             now_ms: (clock::system())(),
