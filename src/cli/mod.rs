@@ -6,6 +6,7 @@ pub mod demo;
 pub mod dlq;
 pub mod resume;
 pub mod run;
+pub mod state;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -35,6 +36,8 @@ enum Command {
     Check(File),
     /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
     Resume(File),
+    /// Show the open windows of a pipeline, their groups and bytes, as the checkpoint has them.
+    State(File),
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
@@ -97,6 +100,12 @@ impl Cli {
                 writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::State(File { file }) => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let text = state::state(&load(&file)?).await?;
+                std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -127,6 +136,7 @@ mod tests {
             ("floe run pipeline.toml", true),
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
+            ("floe state pipeline.toml", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             (

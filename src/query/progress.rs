@@ -8,7 +8,8 @@ use crate::checkpoint::CommitEntry;
 use crate::source::Available;
 use crate::state::StateStore;
 use crate::telemetry::{
-    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
+    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator,
+    TableProgress,
 };
 
 impl Session {
@@ -43,13 +44,16 @@ impl Session {
             files: *files,
             snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
         });
-        let state_operators = state.stats().queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
+        let stats = state.stats();
+        let state_operators = stats.queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
             let table = query.pipeline.tables[table].name.clone();
             StateOperator {
                 num_rows_total: stats.groups,
                 num_windows: stats.open_windows,
                 memory_used_bytes: stats.bytes,
                 num_rows_updated: None,
+                num_rows_removed: counts.windows.get(&table).copied().unwrap_or(0),
+                custom_metrics: StateMetrics { stored_windows: stats.stored_windows },
                 num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
                 table,
             }
@@ -81,6 +85,8 @@ impl Session {
                 missing_offsets: plan.offsets().saturating_sub(counts.records),
             },
             checkpoint_bytes: self.checkpoint_bytes,
+            state_files: stats.files,
+            state_file_bytes: stats.file_bytes,
             ..BatchProgress::default()
         }
     }
