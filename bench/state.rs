@@ -8,7 +8,7 @@ use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArra
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use arrow::record_batch::RecordBatch;
 use floe::checkpoint::{Checkpoint, StateFile, StateKind};
-use floe::config::{TableConfig, WindowConfig};
+use floe::config::{OutputMode, TableConfig, WindowConfig};
 use floe::state::{Lane, Reader, StateStore, WindowQuery};
 use floe::window::Windowing;
 use tokio::runtime::Runtime;
@@ -66,6 +66,7 @@ fn queries() -> Arc<[WindowQuery]> {
             provenance: false,
         },
         windowing: Windowing::new(Duration::from_secs(60), None, Duration::ZERO, None).unwrap(),
+        output_mode: OutputMode::Append,
         filter: None,
         late_table: None,
         group_by: vec!["device".to_string()],

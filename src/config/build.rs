@@ -12,6 +12,7 @@ use super::read::Reader;
 use super::*;
 use crate::late;
 use crate::retry::{Deadlines, Strategy};
+use crate::state::REVISION;
 use crate::window::Windowing;
 
 /// Properties of librdkafka that decide whether records are read exactly once, or that a setting of Floe stands for.
@@ -340,6 +341,7 @@ fn windows(r: &mut Reader<'_>) -> Vec<WindowConfig> {
         }
         let table = table(r, &section);
         let windowing = windowing(r, &section);
+        let output_mode = output_mode(r, &section);
         let late_table = late_table(r, &section, &table);
         let key = format!("{section}.aggregates");
         let before = r.errors.len();
@@ -351,7 +353,7 @@ fn windows(r: &mut Reader<'_>) -> Vec<WindowConfig> {
         let filter = r.text(&format!("{section}.filter"));
         // Without a windowing there is an error, and with an error no configuration.
         let Some(windowing) = windowing else { continue };
-        windows.push(WindowConfig { table, windowing, filter, late_table, group_by, aggregates });
+        windows.push(WindowConfig { table, windowing, output_mode, filter, late_table, group_by, aggregates });
     }
     windows
 }
@@ -374,6 +376,15 @@ fn windowing(r: &mut Reader<'_>, section: &str) -> Option<Windowing> {
             None
         }
     }
+}
+
+fn output_mode(r: &mut Reader<'_>, section: &str) -> OutputMode {
+    let key = format!("{section}.output_mode");
+    let Some(text) = r.text(&key) else { return OutputMode::Append };
+    OutputMode::ALL.into_iter().find(|mode| mode.name() == text).unwrap_or_else(|| {
+        r.error(&key, format!("found {text:?}, allowed are \"append\", \"update\""));
+        OutputMode::Append
+    })
 }
 
 /// Late rows always say where they are from, whatever the rows table does.
@@ -584,6 +595,9 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
     }
     for (index, window) in config.windows.iter().enumerate() {
         let mut output = vec!["window_start", "window_end"];
+        if window.output_mode == OutputMode::Update {
+            output.push(REVISION);
+        }
         let key = format!("windows.{index}.group_by");
         for column in &window.group_by {
             if !columns.contains(&column.as_str()) {

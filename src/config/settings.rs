@@ -102,6 +102,7 @@ pub const SETTINGS: &[Setting] = &[
     absent("windows.*.slide", Kind::Duration),
     default("windows.*.start", Kind::Duration, "0 seconds"),
     absent("windows.*.time_zone", Kind::Text),
+    default("windows.*.output_mode", Kind::Text, "append"),
     absent("windows.*.filter", Kind::Text),
     absent("windows.*.group_by", Kind::List),
     required("windows.*.aggregates", Kind::Map),

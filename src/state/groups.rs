@@ -2,7 +2,8 @@
 //!
 //! Invariant: group i of the keys is group i of every accumulator, and groups keep the order of their first row.
 
-use arrow::array::ArrayRef;
+use arrow::array::{ArrayRef, UInt32Array};
+use arrow::compute::take;
 use datafusion_common::{Result, internal_err};
 use datafusion_expr::{EmitTo, GroupsAccumulator};
 use datafusion_physical_plan::aggregates::group_values::{GroupValues, new_group_values};
@@ -40,6 +41,16 @@ pub(super) struct Partial {
     pub keys: Vec<ArrayRef>,
     /// Of all accumulators, one after another.
     pub states: Vec<ArrayRef>,
+}
+
+impl Partial {
+    /// The given groups, in the order given.
+    pub fn gather(&self, groups: Vec<u32>) -> Result<Partial> {
+        let groups = UInt32Array::from(groups);
+        let gather =
+            |columns: &[ArrayRef]| columns.iter().map(|c| Ok(take(c, &groups, None)?)).collect::<Result<Vec<_>>>();
+        Ok(Partial { groups: groups.len(), keys: gather(&self.keys)?, states: gather(&self.states)? })
+    }
 }
 
 impl GroupTable {
@@ -124,6 +135,27 @@ impl GroupTable {
             }
         }
         Ok(())
+    }
+
+    /// The groups of these keys in a table of their own, to be evaluated; all of them have to be in this one, which stays
+    /// what it is. Accumulators can only give their state away, so all of it goes out and in again.
+    pub fn copy_of(&mut self, query: &WindowQuery, keys: &[(usize, Vec<ArrayRef>)]) -> Result<GroupTable> {
+        let mut touched = Vec::new();
+        let mut indices = Vec::new();
+        for (groups, keys) in keys {
+            self.intern(query, keys, *groups, &mut indices)?;
+            touched.extend(indices.iter().map(|group| *group as u32));
+        }
+        touched.sort();
+        touched.dedup();
+        let partial = std::mem::replace(self, GroupTable::new(query)?).into_partial(query)?;
+        self.merge(query, &partial)?;
+        let mut copy = GroupTable::new(query)?;
+        match touched.len() == partial.groups {
+            true => copy.merge(query, &partial)?,
+            false => copy.merge(query, &partial.gather(touched)?)?,
+        }
+        Ok(copy)
     }
 
     pub fn into_partial(mut self, query: &WindowQuery) -> Result<Partial> {

@@ -43,7 +43,7 @@ pub use closed::{ClosedWindow, Closing};
 pub use compaction::{Compacted, Compaction};
 pub use lane::Lane;
 pub use late::LateRows;
-pub use query::WindowQuery;
+pub use query::{REVISION, WindowQuery};
 pub use stored::{LiveFile, Reader, StoredWindowStats, open_windows};
 
 /// A partial of more groups is split by a hash of the key when it is written. Tests have few groups and split nevertheless.
@@ -109,6 +109,8 @@ pub struct QueryStats {
     pub groups: u64,
     /// In memory.
     pub bytes: u64,
+    /// In update mode, groups that the last batch let go with the windows that it closed; at most, as `groups`.
+    pub evicted: u64,
 }
 
 /// What is open, by query in the order of `[[windows]]`, and the files that hold it.
@@ -148,6 +150,10 @@ pub struct StateStore {
     residence: Option<residence::Residence>,
     /// Counts batches, to know which windows were touched longest ago.
     clock: u64,
+    /// What the batch in hand has touched of the queries in update mode, for [`StateStore::close`] to hand out.
+    updates: Vec<Closing>,
+    /// By query in update mode: groups that the last batch let go.
+    evicted: BTreeMap<u32, u64>,
 }
 
 struct Window {
@@ -179,17 +185,27 @@ struct Merged {
     window: Window,
     /// By lane, in their order; none if the window is about to close.
     sections: Vec<file::Section>,
+    /// In update mode: the groups that the batch has touched.
+    updated: Option<GroupTable>,
 }
 
 impl StateStore {
     /// Empty, without files: everything stays in memory. A running query begins with [`StateStore::recover`].
     pub fn new(queries: Arc<[WindowQuery]>) -> Self {
-        StateStore { queries, open: BTreeMap::new(), files: Arc::default(), residence: None, clock: 0 }
+        StateStore {
+            queries,
+            open: BTreeMap::new(),
+            files: Arc::default(),
+            residence: None,
+            clock: 0,
+            updates: Vec::new(),
+            evicted: BTreeMap::new(),
+        }
     }
 
     /// Merges the lanes' partial aggregates in the order given, windows in parallel on up to `workers` threads, and gives the
     /// delta: the partials of those windows that stay open after `evict_ms`. A window that is in files only stays there: what
-    /// the batch adds to it is in the delta.
+    /// the batch adds to it is in the delta. In update mode it is read back, for its results are wanted now.
     pub fn merge_lanes(&mut self, lanes: Vec<Lane>, evict_ms: i64, workers: usize) -> Result<Delta, Error> {
         self.clock += 1;
         let mut touched: BTreeMap<Unit, Vec<GroupTable>> = BTreeMap::new();
@@ -200,6 +216,11 @@ impl StateStore {
                 }
             }
         }
+        let wanted = touched.keys().filter(|unit| {
+            let updates = self.queries.get(unit.query as usize).is_some_and(WindowQuery::updates);
+            updates && self.open.get(unit).is_some_and(|w| matches!(w.groups, Groups::Stored(_)))
+        });
+        self.read_back(wanted.copied().collect(), workers)?;
         let mut tasks = Vec::with_capacity(touched.len());
         for (unit, lanes) in touched {
             let end_us = query_of(&self.queries, unit)?.windowing().end(unit.key);
@@ -209,20 +230,34 @@ impl StateStore {
         let mut merged = in_parallel(tasks, workers, |task| merge_window(&queries, task, evict_ms, clock))?;
         merged.sort_by_key(|m| m.unit);
         let mut builder = file::Builder::new();
-        for Merged { unit, window, sections } in merged {
+        self.updates.clear();
+        for Merged { unit, window, sections, updated } in merged {
             sections.iter().for_each(|section| builder.push(section));
+            if let Some(table) = updated {
+                let content = Content::Resident { unit, end_us: window.end_us, table };
+                self.updates.push(Closing { queries: self.queries.clone(), content });
+            }
             self.open.insert(unit, window);
         }
         Ok(builder.finish(&self.queries))
     }
 
-    /// Removes and hands out the windows that `evict_ms` closes, by query and time.
+    /// Removes the windows that `evict_ms` closes and hands them out, by query and time. Of a query in update mode it hands out
+    /// what the batch has touched instead: all that there is to a window has been handed out when it closes.
     pub fn close(&mut self, evict_ms: i64) -> Vec<Closing> {
         let done: Vec<Unit> = self.open.iter().filter(|(_, w)| closed(w.end_us, evict_ms)).map(|(u, _)| *u).collect();
-        let mut closing = Vec::new();
+        let mut closing = std::mem::take(&mut self.updates);
+        self.evicted.clear();
         let mut stored: BTreeMap<Unit, StoredWindow> = BTreeMap::new();
         for unit in done {
-            let Some(Window { end_us, groups, .. }) = self.open.remove(&unit) else { continue };
+            let Some(Window { end_us, groups, stored_groups, .. }) = self.open.remove(&unit) else { continue };
+            if self.queries.get(unit.query as usize).is_some_and(WindowQuery::updates) {
+                *self.evicted.entry(unit.query).or_default() += match groups {
+                    Groups::Resident(table) => table.groups() as u64,
+                    Groups::Stored(_) => stored_groups,
+                };
+                continue;
+            }
             match groups {
                 Groups::Resident(table) => closing.push(Closing {
                     queries: self.queries.clone(),
@@ -274,6 +309,11 @@ impl StateStore {
                 }
             }
         }
+        for (query, evicted) in &self.evicted {
+            if let Some(stats) = queries.get_mut(*query as usize) {
+                stats.evicted = *evicted;
+            }
+        }
         let file_bytes = self.files.iter().map(|live| live.file.bytes).sum();
         Stats { queries, files: self.files.len() as u64, file_bytes }
     }
@@ -289,12 +329,16 @@ fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64, clock: u64) 
         Some(Window { groups: Groups::Stored(_), stored_groups, .. }) => (None, Some(Vec::new()), stored_groups),
     };
     let mut sections = Vec::new();
+    let mut touched = Vec::new();
     for lane in lanes {
-        if table.is_none() && stored.is_none() && !stays_open {
+        if table.is_none() && stored.is_none() && !stays_open && !query.updates() {
             table = Some(lane);
             continue;
         }
         let partial = lane.into_partial(query).map_err(|e| query.error(&e))?;
+        if query.updates() {
+            touched.push((partial.groups, partial.keys.clone()));
+        }
         match &mut stored {
             Some(lanes) if !stays_open => lanes.push(partial.clone()),
             Some(_) => {}
@@ -314,11 +358,15 @@ fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64, clock: u64) 
             }
         }
     }
+    let updated = match &mut table {
+        Some(table) if query.updates() => Some(table.copy_of(query, &touched).map_err(|e| query.error(&e))?),
+        _ => None,
+    };
     let groups = match stored {
         Some(lanes) => Groups::Stored(lanes),
         None => Groups::Resident(table.ok_or(Error::Panicked)?),
     };
-    Ok(Merged { unit, window: Window { end_us, groups, touched: clock, stored_groups }, sections })
+    Ok(Merged { unit, window: Window { end_us, groups, touched: clock, stored_groups }, sections, updated })
 }
 
 /// Runs every task on up to `workers` threads. The results come in no particular order.

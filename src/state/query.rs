@@ -16,12 +16,15 @@ use datafusion_physical_expr::aggregate::{AggregateExprBuilder, AggregateFunctio
 use datafusion_physical_expr::expressions::Literal;
 
 use super::Error;
-use crate::config::WindowConfig;
+use crate::config::{OutputMode, WindowConfig};
 use crate::transform::{self, sql};
 use crate::window::Windowing;
 
 /// Sums of 64-bit integers are kept in 128 bits, so that only the final value can be too large.
 const INTEGER_SUM: DataType = DataType::Decimal128(38, 0);
+
+/// The column that tells the rows of one group apart in update mode: the batch that the row is of.
+pub const REVISION: &str = "revision";
 
 /// Windows of one kind with their filter, group keys and aggregates.
 pub struct WindowQuery {
@@ -38,6 +41,7 @@ pub struct WindowQuery {
     aggregates: Vec<Aggregate>,
     state_schema: SchemaRef,
     output: SchemaRef,
+    output_mode: OutputMode,
     definition: String,
 }
 
@@ -158,6 +162,7 @@ impl WindowQuery {
             aggregates,
             state_schema: Arc::new(Schema::new(state_fields)),
             output: Arc::new(Schema::new(output)),
+            output_mode: config.output_mode,
             definition,
         })
     }
@@ -165,6 +170,21 @@ impl WindowQuery {
     /// `window_start`, `window_end` (timestamptz in microseconds, not null), the keys, the aggregates.
     pub fn output_schema(&self) -> SchemaRef {
         self.output.clone()
+    }
+
+    /// What the table has: [`Self::output_schema`], and in update mode [`REVISION`].
+    pub fn table_schema(&self) -> SchemaRef {
+        if !self.updates() {
+            return self.output_schema();
+        }
+        let revision = Arc::new(Field::new(REVISION, DataType::Int64, false));
+        let fields: Vec<_> = self.output.fields().iter().cloned().chain([revision]).collect();
+        Arc::new(Schema::new(fields))
+    }
+
+    /// Whether it hands out what every batch touches, and not what closes.
+    pub fn updates(&self) -> bool {
+        self.output_mode == OutputMode::Update
     }
 
     pub fn windowing(&self) -> &Windowing {

@@ -54,6 +54,8 @@ impl StateStore {
             files: Arc::new(files),
             residence: None,
             queries,
+            updates: Vec::new(),
+            evicted: BTreeMap::new(),
         };
         let mut wanted: Vec<(Unit, Extent)> = extents.into_iter().collect();
         wanted.sort_by_key(|(unit, e)| (std::cmp::Reverse(e.last_file), e.end_us, *unit));
@@ -108,6 +110,22 @@ impl StateStore {
         Ok(held)
     }
 
+    /// Brings windows into memory that are in files only, whatever the budget: they may leave again after the batch.
+    pub(super) fn read_back(&mut self, units: Vec<Unit>, workers: usize) -> Result<(), Error> {
+        if units.is_empty() {
+            return Ok(());
+        }
+        let Some(residence) = self.residence.take() else { return Ok(()) };
+        let units = units.into_iter().map(|unit| (unit, self.stored_bytes(unit))).collect();
+        let loaded = self.load(&residence, units, workers);
+        self.residence = Some(residence);
+        loaded.map(|_| ())
+    }
+
+    fn stored_bytes(&self, unit: Unit) -> u64 {
+        self.files.iter().flat_map(|f| f.index.between(unit, unit)).map(|entry| entry.length).sum()
+    }
+
     /// Lets windows leave memory until what stays is within the budget: those touched longest ago, and of these the ones
     /// that close last. Only between batches: every window has to be in the files as it is. Returns how many have left.
     pub fn shrink(&mut self) -> Result<u64, Error> {
@@ -145,10 +163,7 @@ impl StateStore {
     /// Closed windows that are in files only: neighbours that are small are read together.
     pub(super) fn close_stored(&self, mut windows: BTreeMap<Unit, StoredWindow>) -> Vec<Closing> {
         let Some(residence) = self.residence.as_ref().filter(|_| !windows.is_empty()) else { return Vec::new() };
-        let bytes = |unit: Unit| -> u64 {
-            self.files.iter().flat_map(|f| f.index.between(unit, unit)).map(|entry| entry.length).sum()
-        };
-        let sizes: BTreeMap<Unit, u64> = windows.keys().map(|unit| (*unit, bytes(*unit))).collect();
+        let sizes: BTreeMap<Unit, u64> = windows.keys().map(|unit| (*unit, self.stored_bytes(*unit))).collect();
         // Of the shards of a large window, the first one stands for all.
         let spans = stored::spans(sizes.clone(), residence.share).into_iter().filter(|span| span.shard.prefix == 0);
         let content = |span: Span| {

@@ -3,8 +3,7 @@
 //! Invariant: a group's shard follows from its key alone and is the same in every file ever written. Shards nest: each bit
 //! more halves them, so sections of different fineness can lie side by side and a reader takes those that overlap.
 
-use arrow::array::{ArrayRef, UInt32Array};
-use arrow::compute::take;
+use arrow::array::ArrayRef;
 use datafusion_common::Result;
 
 use super::groups::Partial;
@@ -61,11 +60,11 @@ pub(super) fn filter(query: &WindowQuery, partial: Partial, shard: Shard) -> Res
     }
     // Without keys there is one group, and it is in one shard only.
     if partial.keys.is_empty() {
-        return if shard.prefix == 0 { Ok(partial) } else { gather(&partial, Vec::new()) };
+        return if shard.prefix == 0 { Ok(partial) } else { partial.gather(Vec::new()) };
     }
     let hashes = hashes(query, &partial.keys)?;
     let indices = hashes.iter().enumerate().filter(|(_, hash)| shard.holds(**hash)).map(|(i, _)| i as u32);
-    gather(&partial, indices.collect())
+    partial.gather(indices.collect())
 }
 
 /// Splits a partial of the shard into finer ones of about `groups` each; one that is small enough stays as it is.
@@ -83,13 +82,7 @@ pub(super) fn split(query: &WindowQuery, partial: Partial, shard: Shard, groups:
         }
     }
     let pieces = indices.into_iter().zip(first..).filter(|(groups, _)| !groups.is_empty());
-    pieces.map(|(groups, prefix)| Ok((Shard { bits, prefix }, gather(&partial, groups)?))).collect()
-}
-
-fn gather(partial: &Partial, groups: Vec<u32>) -> Result<Partial> {
-    let groups = UInt32Array::from(groups);
-    let gather = |columns: &[ArrayRef]| columns.iter().map(|c| Ok(take(c, &groups, None)?)).collect::<Result<Vec<_>>>();
-    Ok(Partial { groups: groups.len(), keys: gather(&partial.keys)?, states: gather(&partial.states)? })
+    pieces.map(|(groups, prefix)| Ok((Shard { bits, prefix }, partial.gather(groups)?))).collect()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use arrow::record_batch::RecordBatch;
 use arrow::row::{RowConverter, SortField};
 
 use super::{ClosedWindow, Delta, Error, Lane, StateStore, WindowQuery};
-use crate::config::{TableConfig, WindowConfig};
+use crate::config::{OutputMode, TableConfig, WindowConfig};
 use crate::window::Windowing;
 
 pub(super) const MINUTE: i64 = 60_000_000;
@@ -27,6 +27,7 @@ pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)
             provenance: false,
         },
         windowing: Windowing::new(Duration::from_micros(size_us), None, Duration::ZERO, None).unwrap(),
+        output_mode: OutputMode::Append,
         filter: None,
         late_table: None,
         group_by: group_by.iter().map(|s| s.to_string()).collect(),
