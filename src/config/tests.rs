@@ -264,6 +264,7 @@ fn other_value(key: &str) -> &'static str {
         "windows.*.time_zone" => "Europe/Berlin",
         "windows.*.filter" => "status = 'ok'",
         "windows.*.late" => "drop",
+        "windows.*.output_mode" => "update",
         "windows.*.late_table" => "telemetry.too_late",
         "quality.expect.*.name" => "level",
         "quality.expect.*.sql" => "battery_level > 1",

@@ -2,7 +2,8 @@ use std::collections::BTreeMap;
 
 use crate::support::broker::{Broker, Rec};
 use crate::support::check::{
-    DELAY_MS, everything, offsets_in_tables, records, rows_are_true, until_in_tables, windows, windows_are,
+    DELAY_MS, everything, latest_windows, offsets_in_tables, records, rows_are_true, same_windows, until_in_tables,
+    windows, windows_are,
 };
 use crate::support::floe::Pipeline;
 use crate::support::reader::Tables;
@@ -370,4 +371,39 @@ fn a_filter_is_about_its_windows_alone() {
     assert_eq!(found, expected);
     windows_are(&tables, &truth.closed(DELAY_MS));
     rows_are_true(&tables, &truth);
+}
+
+/// Early results: the newest revision of every group is what all rows so far come to, for windows that are open as for those
+/// that are closed, whatever was killed and whether or not windows fit into memory.
+#[test]
+fn in_update_mode_the_newest_revisions_are_the_truth_so_far() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    for budget in ["1 GiB", "0 B"] {
+        let topic = &format!("update-{}", budget.len());
+        let telemetry =
+            Telemetry { messages: 3_000, devices: 7, disorder_ms: DELAY_MS - 1, partitions: 3, ..Telemetry::default() };
+        broker.create_topic(topic, telemetry.partitions, &[]);
+        let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+        pipeline.set_window("output_mode", "update").set("state.memory_budget", budget);
+        pipeline.set("source.max_offsets_per_trigger", 400);
+        let mut truth = Truth::default();
+        let tables = pipeline.tables();
+        let points = ["commit_log.before_put:kill:2", "execute.files_written:kill:2", "commit_log.after_put:kill:2"];
+        for (slice, point) in (0..).zip(points) {
+            let range = slice * 1_000..(slice + 1) * 1_000;
+            broker.produce_records(topic, records(&telemetry, range.clone()));
+            range.for_each(|index| truth.add(&telemetry.reading(index)));
+            pipeline.run_failing(point).expect_killed();
+            pipeline.run();
+            same_windows(&latest_windows(&tables), &truth.windows);
+        }
+        // Each batch has written a group once at most.
+        let sql = "select count(*) from (select 1 from {telemetry.device_minutes} group by window_start, device_id, \
+                   revision having count(*) > 1)";
+        assert_eq!(tables.query::<(i64,)>(sql), [(0,)]);
+        let revisions: Vec<(i64, i64)> =
+            tables.query("select count(*), count(distinct revision) from {telemetry.device_minutes}");
+        assert!(revisions[0].0 > truth.windows.len() as i64 && revisions[0].1 >= 8, "{revisions:?}");
+    }
 }

@@ -56,7 +56,9 @@ pub fn replay(vector: &Value, recover_always: bool) -> Result<(), String> {
     let pipeline = Pipeline::new(&vector["spec"])?;
     let inputs = list(&vector["batches"]);
     let mut store = StateStore::new(pipeline.queries.clone());
-    let mut durable = Durable { evict_ms: INITIAL_WATERMARK_MS, ..Durable::default() };
+    // Without a watermark nothing is ever late, not even windows before the epoch.
+    let first = pipeline.delay_ms.map_or(i64::MIN / 1000, |_| INITIAL_WATERMARK_MS);
+    let mut durable = Durable { evict_ms: first, next_ms: first, ..Durable::default() };
     let mut waiting: VecDeque<u64> = VecDeque::new();
     // A batch that was logged and not committed: it runs again with the same input and watermarks.
     let mut logged: Option<(Vec<u64>, i64, i64)> = None;
