@@ -29,7 +29,12 @@ enum Keys {
 pub(super) struct GroupTable {
     keys: Keys,
     groups: usize,
-    accumulators: Vec<Box<dyn GroupsAccumulator>>,
+    accumulators: Accumulators,
+}
+
+/// The accumulators of a query, for groups that someone else keeps.
+pub(super) struct Accumulators {
+    list: Vec<Box<dyn GroupsAccumulator>>,
     /// How many state columns each accumulator has.
     states: Vec<usize>,
 }
@@ -53,12 +58,78 @@ impl Partial {
     }
 }
 
+impl Accumulators {
+    pub fn new(query: &WindowQuery) -> Result<Self> {
+        let list = query.aggregates().iter().map(|a| a.accumulator()).collect::<Result<_>>()?;
+        Ok(Accumulators { list, states: query.aggregates().iter().map(|a| a.states()).collect() })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.list.iter().map(|a| a.size()).sum()
+    }
+
+    /// `groups` is how many there are with those of these rows.
+    pub fn update(
+        &mut self,
+        query: &WindowQuery,
+        arguments: &[ArrayRef],
+        indices: &[usize],
+        groups: usize,
+    ) -> Result<()> {
+        for (accumulator, aggregate) in self.list.iter_mut().zip(query.aggregates()) {
+            let Some(argument) = arguments.get(aggregate.argument()) else {
+                return internal_err!("an aggregate lacks its argument");
+            };
+            accumulator.update_batch(std::slice::from_ref(argument), indices, None, groups)?;
+        }
+        Ok(())
+    }
+
+    pub fn merge(
+        &mut self,
+        _query: &WindowQuery,
+        mut states: &[ArrayRef],
+        indices: &[usize],
+        groups: usize,
+    ) -> Result<()> {
+        for (accumulator, &count) in self.list.iter_mut().zip(&self.states) {
+            let Some((state, rest)) = states.split_at_checked(count) else {
+                return internal_err!("a partial aggregate lacks state columns");
+            };
+            accumulator.merge_batch(state, indices, None, groups)?;
+            states = rest;
+        }
+        Ok(())
+    }
+
+    /// Gives the states of all groups away.
+    pub fn states(&mut self) -> Result<Vec<ArrayRef>> {
+        let mut states = Vec::new();
+        for accumulator in &mut self.list {
+            states.extend(accumulator.state(EmitTo::All)?);
+        }
+        Ok(states)
+    }
+
+    /// Keys and final values, and the number of groups in which an integer sum overflowed.
+    pub fn evaluate(mut self, query: &WindowQuery, keys: Vec<ArrayRef>, groups: usize) -> Result<(Vec<ArrayRef>, u64)> {
+        let mut columns = keys;
+        let mut overflowed = vec![false; groups];
+        for (accumulator, aggregate) in self.list.iter_mut().zip(query.aggregates()) {
+            let values = accumulator.evaluate(EmitTo::All)?;
+            columns.push(match aggregate.is_integer_sum() {
+                true => narrow_sums(&values, &mut overflowed),
+                false => values,
+            });
+        }
+        Ok((columns, overflowed.iter().filter(|o| **o).count() as u64))
+    }
+}
+
 impl GroupTable {
     pub fn new(query: &WindowQuery) -> Result<Self> {
         let keys = if query.key_schema().fields().is_empty() { Keys::None } else { Keys::Few(Vec::new()) };
-        let accumulators = query.aggregates().iter().map(|a| a.accumulator()).collect::<Result<_>>()?;
-        let states = query.aggregates().iter().map(|a| a.states()).collect();
-        Ok(GroupTable { keys, groups: 0, accumulators, states })
+        Ok(GroupTable { keys, groups: 0, accumulators: Accumulators::new(query)? })
     }
 
     pub fn groups(&self) -> usize {
@@ -66,13 +137,12 @@ impl GroupTable {
     }
 
     pub fn bytes(&self) -> usize {
-        let accumulators: usize = self.accumulators.iter().map(|a| a.size()).sum();
         let keys = match &self.keys {
             Keys::None => 0,
             Keys::Few(keys) => keys.iter().map(|key| key.len() + size_of::<Box<[u8]>>()).sum(),
             Keys::Many(keys) => keys.size(),
         };
-        keys + accumulators
+        keys + self.accumulators.bytes()
     }
 
     /// Aggregates rows; `arguments` are those of the query, `indices` is scratch space.
@@ -85,13 +155,7 @@ impl GroupTable {
         indices: &mut Vec<usize>,
     ) -> Result<()> {
         self.intern(query, keys, rows, indices)?;
-        for (accumulator, aggregate) in self.accumulators.iter_mut().zip(query.aggregates()) {
-            let Some(argument) = arguments.get(aggregate.argument()) else {
-                return internal_err!("an aggregate lacks its argument");
-            };
-            accumulator.update_batch(std::slice::from_ref(argument), indices, None, self.groups)?;
-        }
-        Ok(())
+        self.accumulators.update(query, arguments, indices, self.groups)
     }
 
     pub fn merge(&mut self, query: &WindowQuery, partial: &Partial) -> Result<()> {
@@ -100,15 +164,7 @@ impl GroupTable {
         }
         let mut indices = Vec::with_capacity(partial.groups);
         self.intern(query, &partial.keys, partial.groups, &mut indices)?;
-        let mut states = partial.states.as_slice();
-        for (accumulator, &count) in self.accumulators.iter_mut().zip(&self.states) {
-            let Some((state, rest)) = states.split_at_checked(count) else {
-                return internal_err!("a partial aggregate lacks state columns");
-            };
-            accumulator.merge_batch(state, &indices, None, self.groups)?;
-            states = rest;
-        }
-        Ok(())
+        self.accumulators.merge(query, &partial.states, &indices, self.groups)
     }
 
     fn intern(&mut self, query: &WindowQuery, keys: &[ArrayRef], rows: usize, indices: &mut Vec<usize>) -> Result<()> {
@@ -160,25 +216,13 @@ impl GroupTable {
 
     pub fn into_partial(mut self, query: &WindowQuery) -> Result<Partial> {
         let keys = self.emit_keys(query)?;
-        let mut states = Vec::with_capacity(self.states.iter().sum());
-        for accumulator in &mut self.accumulators {
-            states.extend(accumulator.state(EmitTo::All)?);
-        }
-        Ok(Partial { groups: self.groups, keys, states })
+        Ok(Partial { groups: self.groups, keys, states: self.accumulators.states()? })
     }
 
     /// Keys and final values, and the number of groups in which an integer sum overflowed.
     pub fn evaluate(mut self, query: &WindowQuery) -> Result<(Vec<ArrayRef>, u64)> {
-        let mut columns = self.emit_keys(query)?;
-        let mut overflowed = vec![false; self.groups];
-        for (accumulator, aggregate) in self.accumulators.iter_mut().zip(query.aggregates()) {
-            let values = accumulator.evaluate(EmitTo::All)?;
-            columns.push(match aggregate.is_integer_sum() {
-                true => narrow_sums(&values, &mut overflowed),
-                false => values,
-            });
-        }
-        Ok((columns, overflowed.iter().filter(|o| **o).count() as u64))
+        let keys = self.emit_keys(query)?;
+        self.accumulators.evaluate(query, keys, self.groups)
     }
 
     fn emit_keys(&mut self, query: &WindowQuery) -> Result<Vec<ArrayRef>> {

@@ -125,6 +125,9 @@ impl WindowQuery {
                 Err(e) => errors.push(at(&format!("aggregates.{name} = {text:?}"), &e)),
             }
         }
+        if config.windowing.is_session() && config.group_by.is_empty() {
+            errors.push(at("group_by", "sessions are of a key each: name at least one column"));
+        }
         if config.aggregates.is_empty() {
             errors.push(at("aggregates", "needs at least one, such as events = \"count(*)\""));
         }
@@ -145,7 +148,9 @@ impl WindowQuery {
                 move |(j, data_type): (usize, &DataType)| Field::new(format!("{i}.{j}"), data_type.clone(), true);
             aggregate.state.iter().enumerate().map(field)
         });
-        let state_fields: Vec<Field> = key_fields.iter().cloned().chain(states).collect();
+        let bounds = ["start", "end"].map(|name| Field::new(name, DataType::Int64, false));
+        let bounds = bounds.into_iter().filter(|_| config.windowing.is_session());
+        let state_fields: Vec<Field> = key_fields.iter().cloned().chain(bounds).chain(states).collect();
         let mut definition = format!("{} {event_time} {state_fields:?} {:?}", config.windowing, config.aggregates);
         if let Some(filter) = &config.filter {
             definition.push_str(&format!(" {filter:?}"));
@@ -180,6 +185,16 @@ impl WindowQuery {
         let revision = Arc::new(Field::new(REVISION, DataType::Int64, false));
         let fields: Vec<_> = self.output.fields().iter().cloned().chain([revision]).collect();
         Arc::new(Schema::new(fields))
+    }
+
+    /// Its windows are sessions: of each key its own.
+    pub fn is_session(&self) -> bool {
+        self.windowing.is_session()
+    }
+
+    /// How many columns of the state come before those of the aggregates: the keys, and the bounds of sessions.
+    pub(super) fn state_keys(&self) -> usize {
+        self.key_schema.fields().len() + if self.is_session() { 2 } else { 0 }
     }
 
     /// Whether it hands out what every batch touches, and not what closes.

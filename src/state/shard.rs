@@ -48,9 +48,25 @@ fn extra_bits(shard: Shard, total: u64, share: u64) -> u8 {
 
 /// Never to be changed: files tell what is in them by it. Sixteen bits, of which the first ones count.
 pub(super) fn hashes(query: &WindowQuery, keys: &[ArrayRef]) -> Result<Vec<u16>> {
+    // Behind the keys of a session are its bounds.
+    let keys = keys.get(..query.key_schema().fields().len()).unwrap_or_default();
     let rows = query.key_rows().convert_columns(keys)?;
     let hash = |row: &[u8]| (crc32fast::hash(row).wrapping_mul(0x9E37_79B1) >> 16) as u16;
     Ok(rows.iter().map(|row| hash(row.as_ref())).collect())
+}
+
+/// Sessions are kept by shares of their keys, each a unit. It takes the last bits of the hash: shards of a share take the first.
+const SHARES: u16 = 64;
+
+pub(super) fn by_share(query: &WindowQuery, partial: Partial) -> Result<Vec<(i64, Partial)>> {
+    let mut indices: Vec<Vec<u32>> = vec![Vec::new(); SHARES as usize];
+    for (group, hash) in hashes(query, &partial.keys)?.into_iter().enumerate() {
+        if let Some(share) = indices.get_mut((hash % SHARES) as usize) {
+            share.push(group as u32);
+        }
+    }
+    let shares = indices.into_iter().zip(0..).filter(|(groups, _)| !groups.is_empty());
+    shares.map(|(groups, share)| Ok((share, partial.gather(groups)?))).collect()
 }
 
 /// The groups that are in the shard, in their order.
