@@ -29,6 +29,8 @@ mod stored_tests;
 mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_sessions;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};

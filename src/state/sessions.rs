@@ -299,3 +299,11 @@ impl SessionTable {
         Ok(())
     }
 }
+
+#[cfg(test)]
+impl SessionTable {
+    /// Segments and rows in them.
+    pub fn size(&self) -> (usize, usize) {
+        (self.segments.len(), self.segments.iter().map(|s| s.keys.len()).sum())
+    }
+}
