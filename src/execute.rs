@@ -24,7 +24,7 @@ use arrow::record_batch::RecordBatch;
 use iceberg::spec::DataFile;
 use uuid::Uuid;
 
-use crate::batch::{BatchId, MicroBatch};
+use crate::batch::{BatchId, MicroBatch, TopicPartition};
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
 use crate::decode::registry::BatchRegistry;
@@ -45,6 +45,52 @@ pub struct Executed {
     pub delta: crate::state::Delta,
     pub state: StateStore,
     pub counts: Counts,
+    pub event_times: EventTimes,
+}
+
+/// The event times of the rows of a batch; rows without one do not count.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EventTimes {
+    pub min_us: Option<i64>,
+    pub max_us: Option<i64>,
+    sum_us: i128,
+    rows: u64,
+    /// By partition.
+    pub latest_us: BTreeMap<TopicPartition, i64>,
+}
+
+impl EventTimes {
+    /// The rows of one chunk.
+    fn take_in(&mut self, chunk: &Chunk, times: &TimestampMicrosecondArray) {
+        let (Some(min), Some(max)) = (arrow::compute::min(times), arrow::compute::max(times)) else { return };
+        let mut chunk_times = EventTimes {
+            min_us: Some(min),
+            max_us: Some(max),
+            rows: (times.len() - times.null_count()) as u64,
+            ..EventTimes::default()
+        };
+        chunk_times.sum_us = match times.null_count() {
+            0 => times.values().iter().map(|us| i128::from(*us)).sum(),
+            _ => times.iter().flatten().map(i128::from).sum(),
+        };
+        chunk_times.latest_us.insert(TopicPartition::new(chunk.topic.clone(), chunk.partition), max);
+        self.add(chunk_times);
+    }
+
+    fn add(&mut self, other: EventTimes) {
+        self.min_us = self.min_us.into_iter().chain(other.min_us).min();
+        self.max_us = self.max_us.max(other.max_us);
+        self.sum_us += other.sum_us;
+        self.rows += other.rows;
+        for (tp, us) in other.latest_us {
+            self.latest_us.entry(tp).and_modify(|latest| *latest = us.max(*latest)).or_insert(us);
+        }
+    }
+
+    pub fn avg_ms(&self) -> Option<i64> {
+        let rows = i128::from(self.rows);
+        (rows > 0).then(|| i64::try_from(self.sum_us.div_euclid(rows * 1000)).unwrap_or_default())
+    }
 }
 
 /// Runs one attempt at a batch. Blocks; `cancel` makes it stop within a fraction of a second.
@@ -96,7 +142,7 @@ pub fn execute(
             *account.counts.late.entry(pipeline.tables[pipeline.windows[query]].name.clone()).or_default() += late;
         }
     }
-    let evict_ms = plan.watermarks.evict_ms;
+    let evict_ms = plan.watermarks.evict();
     let delta = state.merge_lanes(lanes, evict_ms, workers)?;
     let closed = Mutex::new(state.close(evict_ms).into_iter());
     let emit = Emit { pipeline, sink, plan, attempt, cancel, closed };
@@ -104,7 +150,7 @@ pub fn execute(
     for output in run_workers(workers, cancel, |worker| emit.run(workers + 1 + worker))? {
         account.add(output);
     }
-    Ok(Executed { files: account.files, delta, state, counts: account.counts })
+    Ok(Executed { files: account.files, delta, state, counts: account.counts, event_times: account.event_times })
 }
 
 /// Runs `work` on every worker and returns what each produced, in worker order. The first failure cancels the others.
@@ -150,21 +196,28 @@ fn panicked() -> Error {
 struct Output {
     files: Vec<(usize, Vec<DataFile>)>,
     counts: Counts,
+    event_times: EventTimes,
 }
 
 struct Account {
     files: Vec<Vec<DataFile>>,
     counts: Counts,
+    event_times: EventTimes,
 }
 
 impl Account {
     fn new(pipeline: &Pipeline) -> Self {
-        Account { files: pipeline.tables.iter().map(|_| Vec::new()).collect(), counts: Counts::default() }
+        Account {
+            files: pipeline.tables.iter().map(|_| Vec::new()).collect(),
+            counts: Counts::default(),
+            event_times: EventTimes::default(),
+        }
     }
 
     fn add(&mut self, output: Output) {
         self.files(output.files);
         self.counts.add(&output.counts);
+        self.event_times.add(output.event_times);
     }
 
     fn files(&mut self, files: Vec<(usize, Vec<DataFile>)>) {
@@ -223,13 +276,14 @@ impl<'a> Job<'a> {
         let mut decoder = RecordDecoder::new(self.pipeline.schema.clone(), self.registry.clone());
         let mut writers = self.writers(worker);
         let mut counts = Counts::default();
+        let mut event_times = EventTimes::default();
         while let Some(mut chunk) = self.next_chunk()? {
-            self.process(&mut chunk, &mut decoder, &mut writers, &mut counts)?;
+            self.process(&mut chunk, &mut decoder, &mut writers, &mut counts, &mut event_times)?;
             if crate::failpoint::hit("execute.chunk") {
                 return Err(Error::Internal("failpoint execute.chunk".into()));
             }
         }
-        Ok(Output { files: writers.finish()?, counts })
+        Ok(Output { files: writers.finish()?, counts, event_times })
     }
 
     fn next_chunk(&self) -> Result<Option<Chunk>, Error> {
@@ -252,6 +306,7 @@ impl<'a> Job<'a> {
         decoder: &mut RecordDecoder,
         writers: &mut Writers<'_>,
         counts: &mut Counts,
+        event_times: &mut EventTimes,
     ) -> Result<(), Error> {
         let Admitted { batch, records, rejected, filtered, dropped, failures, violation } =
             admit(self.pipeline, self.plan.trigger_time_ms, chunk, decoder)?;
@@ -291,7 +346,7 @@ impl<'a> Job<'a> {
                 writers.write(table, &batch)?;
             }
         }
-        let (event_time, watermark_ms) = (self.pipeline.event_time, self.plan.watermarks.late_ms);
+        let (event_time, watermark_ms) = (self.pipeline.event_time, self.plan.watermarks.late());
         for (query, table) in self.pipeline.queries.iter().zip(&self.pipeline.late_rows) {
             let Some(table) = *table else { continue };
             for late in query.late_rows(&batch, event_time, watermark_ms)? {
@@ -299,6 +354,9 @@ impl<'a> Job<'a> {
             }
         }
         if !self.pipeline.windows.is_empty() {
+            if let Some(times) = batch.column(self.pipeline.event_time).as_primitive_opt::<TimestampMicrosecondType>() {
+                event_times.take_in(chunk, times);
+            }
             self.lanes[chunk.lane].submit(chunk.sequence, batch, self)?;
         }
         Ok(())
@@ -491,7 +549,7 @@ struct LaneState {
 
 impl OrderedLane {
     fn new(pipeline: &Pipeline, plan: &MicroBatch) -> Self {
-        let lane = Lane::new(pipeline.queries.clone(), pipeline.event_time, plan.watermarks.late_ms);
+        let lane = Lane::new(pipeline.queries.clone(), pipeline.event_time, plan.watermarks.late());
         OrderedLane {
             state: Mutex::new(LaneState { next: 0, waiting: BTreeMap::new(), lane: Some(lane) }),
             drained: Condvar::new(),
@@ -590,7 +648,7 @@ impl Emit<'_> {
                 *counts.dead_letters.entry(Reason::Overflow.code().to_string()).or_default() += 1;
             }
         }
-        Ok(Output { files: writers.finish()?, counts })
+        Ok(Output { files: writers.finish()?, counts, event_times: EventTimes::default() })
     }
 }
 

@@ -4,9 +4,11 @@
 pub mod check;
 pub mod demo;
 pub mod dlq;
+pub mod maintain;
 pub mod resume;
 pub mod run;
 pub mod state;
+pub mod watermark;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -38,6 +40,23 @@ enum Command {
     Resume(File),
     /// Show the open windows of a pipeline, their groups and bytes, as the checkpoint has them.
     State(File),
+    /// Expire snapshots, compact small files and remove orphans of a pipeline's tables, once, and say what was done.
+    Maintain {
+        #[command(flatten)]
+        file: File,
+        /// Only say what there is to do.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Say where the watermark is, which partition holds it back since when, and which windows it closes next. Reads the
+    /// checkpoint alone, whether the pipeline runs or not.
+    Watermark {
+        #[command(flatten)]
+        file: File,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
@@ -106,6 +125,24 @@ impl Cli {
                 std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Maintain { file: File { file }, dry_run } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let reports = maintain::maintain(&load(&file)?, dry_run).await?;
+                let mut out = std::io::stdout();
+                for report in &reports {
+                    writeln!(out, "{report}").map_err(|e| Error::Other(e.to_string()))?;
+                }
+                match reports.iter().filter(|r| !r.errors.is_empty()).count() {
+                    0 => Ok(ExitCode::SUCCESS),
+                    n => Err(Error::Other(format!("maintenance of {n} of {} tables failed", reports.len()))),
+                }
+            }
+            Command::Watermark { file, json } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let said = watermark::watermark(&load(&file.file)?, json).await?;
+                writeln!(std::io::stdout(), "{}", said.trim_end()).map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -137,6 +174,8 @@ mod tests {
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
             ("floe state pipeline.toml", true),
+            ("floe maintain pipeline.toml --dry-run", true),
+            ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             (

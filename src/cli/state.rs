@@ -12,6 +12,7 @@ use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
 use crate::state::{self, Reader};
 use crate::telemetry::rfc3339;
+use crate::window::UNSET_WATERMARK_MS;
 
 /// What is open, for the terminal.
 pub async fn state(config: &Config) -> Result<String, Error> {
@@ -29,17 +30,19 @@ pub async fn state(config: &Config) -> Result<String, Error> {
     };
     let watermarks = &logged.plan.watermarks;
     let evict_ms = if recovered.replay().is_some() { watermarks.late_ms } else { watermarks.evict_ms };
+    let closes = evict_ms.map_or("no window is closed yet".to_string(), |ms| {
+        format!("windows that end at or before {} are closed", rfc3339(ms))
+    });
     let reader = Reader::new(checkpoint, Handle::current());
     let files = reader.open(&pipeline.queries, &commit.state).await.map_err(QueryError::from)?;
-    let windows = state::open_windows(&files, evict_ms);
+    let windows = state::open_windows(&files, evict_ms.unwrap_or(UNSET_WATERMARK_MS));
     let bytes: u64 = commit.state.iter().map(|f| f.bytes).sum();
     let mut text = format!(
-        "{} after batch {}: {} open windows in {} state files of {bytes} bytes; windows that end at or before {} are closed\n\n",
+        "{} after batch {}: {} open windows in {} state files of {bytes} bytes; {closes}\n\n",
         config.name,
         commit.batch,
         windows.len(),
         files.len(),
-        rfc3339(evict_ms)
     );
     let name = |query: usize| pipeline.queries.get(query).map_or("?", |q| q.table());
     let width = pipeline.queries.iter().map(|q| q.table().len()).max().unwrap_or(0).max("table".len());

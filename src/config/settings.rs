@@ -90,7 +90,9 @@ pub const SETTINGS: &[Setting] = &[
     default("quality.probe_interval", Kind::Duration, "30 seconds"),
     required("event_time.column", Kind::Text),
     default("event_time.watermark_delay", Kind::Duration, "10 minutes"),
-    default("event_time.policy", Kind::Text, "global-max"),
+    default("event_time.policy", Kind::Text, "partition-min"),
+    // Longer than producers take to restart or brokers to change leaders, and half of the default delay.
+    default("event_time.idle_timeout", Kind::Duration, "5 minutes"),
     absent("event_time.max_future", Kind::Duration),
     required("rows.table", Kind::Text),
     absent("rows.partition_by", Kind::List),
@@ -121,6 +123,15 @@ pub const SETTINGS: &[Setting] = &[
     default("catalog.type", Kind::Text, "sqlite"),
     default("catalog.path", Kind::Text, "data/catalog.db"),
     default("catalog.warehouse", Kind::Text, "data/warehouse"),
+    default("maintenance.enabled", Kind::Boolean, "true"),
+    default("maintenance.interval", Kind::Duration, "10 minutes"),
+    default("maintenance.time_budget", Kind::Duration, "2 minutes"),
+    default("maintenance.max_snapshot_age", Kind::Duration, "5 days"),
+    // The metadata of a table names every snapshot and is written anew with each commit.
+    default("maintenance.max_snapshots", Kind::Integer, "100"),
+    default("maintenance.compact_min_files", Kind::Integer, "20"),
+    default("maintenance.compact_after", Kind::Duration, "1 hour"),
+    default("maintenance.orphan_grace", Kind::Duration, "3 days"),
     // checkpoints/<name>
     absent("checkpoint.location", Kind::Text),
     default("http.listen", Kind::Text, "127.0.0.1:8080"),

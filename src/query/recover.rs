@@ -18,6 +18,7 @@ use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
 use crate::source::Available;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::state::{Reader, StateStore};
+use crate::window;
 
 impl Session {
     pub(super) async fn recover(query: &mut StreamingQuery) -> Result<Session, Error> {
@@ -48,11 +49,11 @@ impl Session {
         let mut pending = None;
         let mut in_tables = None;
         let mut last = None;
-        let mut evict_ms = 0;
+        let mut evict_ms = window::UNSET_WATERMARK_MS;
         if let Some(plan) = recovered.plan {
             match &recovered.commit {
                 Some(commit) if commit.batch == plan.plan.batch => {
-                    evict_ms = plan.plan.watermarks.evict_ms;
+                    evict_ms = plan.plan.watermarks.evict();
                     last = Some(Last { plan: plan.plan, watermark_next_ms: commit.watermark_next_ms });
                 }
                 _ => {
@@ -62,12 +63,13 @@ impl Session {
                         in_tables = Some(batch);
                     }
                     // The state is that of the batch before, in which windows closed by its own watermark.
-                    evict_ms = plan.plan.watermarks.late_ms;
+                    evict_ms = plan.plan.watermarks.late();
                     pending = Some(plan);
                 }
             }
         }
         let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
+        let event_times = recovered.commit.as_ref().map(|c| c.event_times.clone()).unwrap_or_default();
         let (queries, workers) = (pipeline.queries.clone(), pipeline.workers);
         let reader = Reader::new(checkpoint.clone(), Handle::current());
         let budget = config.state.memory_budget_bytes;
@@ -102,6 +104,7 @@ impl Session {
             state: Some(state),
             compaction: compaction::Background::default(),
             last,
+            event_times,
             pending,
             in_tables,
             bytes_per_record,

@@ -118,6 +118,8 @@ pub struct QueryStats {
     pub bytes: u64,
     /// In update mode, groups that the last batch let go with the windows that it closed; at most, as `groups`.
     pub evicted: u64,
+    /// Where its first open window ends: the next one to close.
+    pub next_end_us: Option<i64>,
 }
 
 /// What is open, by query in the order of `[[windows]]`, and the files that hold it.
@@ -346,6 +348,11 @@ impl StateStore {
                 Groups::Stored(_) if sessions => window.stored_groups,
                 _ => 1,
             };
+            // Of sessions that are in files only it is not known until they are read.
+            if window.first_end_us > i64::MIN {
+                let end = window.first_end_us;
+                stats.next_end_us = Some(stats.next_end_us.map_or(end, |next| next.min(end)));
+            }
             match &window.groups {
                 Groups::Resident(table) => {
                     stats.groups += table.groups() as u64;

@@ -3,6 +3,7 @@
 //! One process runs one pipeline, so metrics carry no pipeline label; `floe_query_info` names it.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -10,6 +11,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use super::progress::BatchProgress;
 use crate::dead_letter::Reason;
 use crate::error::Kind;
+use crate::sink::iceberg::TableReport;
 
 enum Type {
     Counter,
@@ -48,12 +50,22 @@ pub const STATE_COMPACTED_BYTES: &str = "floe_state_compacted_bytes_total";
 pub const CHECKPOINT_BYTES: &str = "floe_checkpoint_bytes";
 pub const WATERMARK: &str = "floe_watermark_timestamp_seconds";
 pub const WATERMARK_DELAY: &str = "floe_watermark_delay_seconds";
+pub const WATERMARK_HELD_BY: &str = "floe_watermark_held_by";
+pub const WATERMARK_IDLE: &str = "floe_watermark_idle_partitions";
+pub const WATERMARK_BEHIND: &str = "floe_watermark_partition_behind_seconds";
 pub const LAST_COMMIT: &str = "floe_last_commit_timestamp_seconds";
 pub const LAST_COMMIT_AGE: &str = "floe_last_commit_age_seconds";
 pub const RETRIES: &str = "floe_retries_total";
 pub const ERRORS: &str = "floe_errors_total";
+pub const MAINTENANCE_DURATION: &str = "floe_maintenance_duration_seconds";
+pub const MAINTENANCE_FAILURES: &str = "floe_maintenance_failures_total";
+pub const SNAPSHOTS_EXPIRED: &str = "floe_maintenance_snapshots_expired_total";
+pub const FILES_EXPIRED: &str = "floe_maintenance_files_expired_total";
+pub const FILES_COMPACTED: &str = "floe_maintenance_files_compacted_total";
+pub const BYTES_COMPACTED: &str = "floe_maintenance_bytes_compacted_total";
+pub const ORPHANS_REMOVED: &str = "floe_maintenance_orphans_removed_total";
 
-const METRICS: [(&str, Type, Unit, &str); 34] = [
+const METRICS: [(&str, Type, Unit, &str); 44] = [
     (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
     (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
     (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
@@ -94,10 +106,30 @@ const METRICS: [(&str, Type, Unit, &str); 34] = [
     (CHECKPOINT_BYTES, Gauge, Unit::Bytes, "Size of the checkpoint."),
     (WATERMARK, Gauge, Unit::Seconds, "The watermark, in seconds since the epoch; absent until there is one."),
     (WATERMARK_DELAY, Gauge, Unit::Seconds, "How far the watermark is behind the wall clock."),
+    (WATERMARK_HELD_BY, Gauge, Unit::Count, "1 for the partition that holds the watermark back, 0 for the others."),
+    (WATERMARK_IDLE, Gauge, Unit::Count, "Partitions that do not hold the watermark back because they are idle."),
+    (
+        WATERMARK_BEHIND,
+        Gauge,
+        Unit::Seconds,
+        "How far the latest event time of a partition is behind that of the partition furthest ahead.",
+    ),
     (LAST_COMMIT, Gauge, Unit::Seconds, "When the last batch was committed, in seconds since the epoch."),
     (LAST_COMMIT_AGE, Gauge, Unit::Seconds, "How long ago the last batch was committed."),
     (RETRIES, Counter, Unit::Count, "Attempts that failed and were tried again."),
     (ERRORS, Counter, Unit::Count, "Errors by kind: transient, indeterminate, fatal."),
+    (MAINTENANCE_DURATION, Histogram, Unit::Seconds, "Time that a round of maintenance took, over all tables."),
+    (
+        MAINTENANCE_FAILURES,
+        Counter,
+        Unit::Count,
+        "Steps of maintenance that failed, by table; the next round tries again.",
+    ),
+    (SNAPSHOTS_EXPIRED, Counter, Unit::Count, "Snapshots that maintenance has expired, by table."),
+    (FILES_EXPIRED, Counter, Unit::Count, "Files deleted with expired snapshots, by table."),
+    (FILES_COMPACTED, Counter, Unit::Count, "Small data files that were made into larger ones, by table."),
+    (BYTES_COMPACTED, Counter, Unit::Bytes, "Size of the small data files that were compacted, by table."),
+    (ORPHANS_REMOVED, Counter, Unit::Count, "Files deleted because nothing referenced them, by table."),
 ];
 
 /// From a commit on a local disk to the longest deadline of a stage.
@@ -165,6 +197,7 @@ pub(super) fn register_tables(tables: &[String], windows: &[String]) {
     for table in tables {
         counter!(ROWS, "table" => table.clone()).increment(0);
         counter!(FILES, "table" => table.clone()).increment(0);
+        record_maintenance_of(&TableReport { table: table.clone(), ..TableReport::default() });
     }
     for table in windows {
         counter!(LATE_ROWS, "table" => table.clone()).increment(0);
@@ -217,6 +250,41 @@ pub(super) fn record_batch(p: &BatchProgress) {
     gauge!(STATE_FILES).set(p.state_files as f64);
     gauge!(STATE_FILE_BYTES).set(p.state_file_bytes as f64);
     gauge!(CHECKPOINT_BYTES).set(p.checkpoint_bytes as f64);
+    record_partitions(p);
+}
+
+/// Nothing where there are no windows: then no partition has an event time.
+fn record_partitions(p: &BatchProgress) {
+    let partitions = || p.sources.iter().flat_map(|s| s.partitions.iter().map(move |partition| (s, partition)));
+    let Some(furthest) = partitions().filter_map(|(_, p)| p.max_event_time_ms).max() else { return };
+    gauge!(WATERMARK_IDLE).set(partitions().filter(|(_, p)| p.idle_since_ms.is_some()).count() as f64);
+    for (source, partition) in partitions() {
+        let labels = [("topic", source.topic.clone()), ("partition", partition.partition.to_string())];
+        let held_by = p.event_time.held_by.as_ref();
+        let holds = held_by.is_some_and(|h| h.topic == source.topic && h.partition == partition.partition);
+        gauge!(WATERMARK_HELD_BY, &labels).set(if holds { 1.0 } else { 0.0 });
+        if let Some(own) = partition.max_event_time_ms {
+            gauge!(WATERMARK_BEHIND, &labels).set((furthest - own) as f64 / 1000.0);
+        }
+    }
+}
+
+pub(super) fn record_maintenance(took: Duration, reports: &[TableReport]) {
+    histogram!(MAINTENANCE_DURATION).record(took.as_secs_f64());
+    reports.iter().for_each(record_maintenance_of);
+}
+
+fn record_maintenance_of(report: &TableReport) {
+    for (total, n) in [
+        (MAINTENANCE_FAILURES, report.errors.len() as u64),
+        (SNAPSHOTS_EXPIRED, report.snapshots_expired),
+        (FILES_EXPIRED, report.files_expired),
+        (FILES_COMPACTED, report.files_compacted),
+        (BYTES_COMPACTED, report.bytes_compacted),
+        (ORPHANS_REMOVED, report.orphans_removed),
+    ] {
+        counter!(total, "table" => report.table.clone()).increment(n);
+    }
 }
 
 pub(super) fn record_lag(topic: &str, partition: i32, lag: u64) {

@@ -45,6 +45,7 @@ impl Pipeline {
             [event_time]
             column = "event_timestamp"
             watermark_delay = "2 minutes"
+            policy = "global-max"
             [rows]
             table = "telemetry.events"
             partition_by = ["day(event_timestamp)"]
@@ -204,12 +205,28 @@ impl Pipeline {
         self.spawn_with(&[("FLOE_FAILPOINT", failpoint)]).wait()
     }
 
+    /// `floe watermark --json`, which has to succeed.
+    pub fn watermark(&self) -> Value {
+        let output = self.command().args(["watermark", "--json"]).arg(self.config_file()).output().expect("floe");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_str(&text).expect("one JSON object")
+    }
+
     /// `floe check` to its end.
     pub fn check(&self) -> Ended {
         let file = self.config_file();
         let mut command = self.command();
         command.arg("check").arg(file);
         Floe::start(command, self.dir(), 1_000, String::new()).wait()
+    }
+
+    /// `floe maintain` to its end.
+    pub fn maintain(&self, arguments: &[&str]) -> Ended {
+        let file = self.config_file();
+        let mut command = self.command();
+        command.arg("maintain").arg(file).args(arguments);
+        Floe::start(command, self.dir(), 2_000, String::new()).wait()
     }
 
     fn next_run(&self) -> u32 {
