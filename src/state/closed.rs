@@ -9,6 +9,7 @@ use arrow::compute::{max, min};
 use arrow::record_batch::RecordBatch;
 use datafusion_common::Result as DataFusionResult;
 
+use super::aggregate::Finished;
 use super::groups::{Accumulators, GroupTable, Partial};
 use super::query::WindowQuery;
 use super::sessions::bounds;
@@ -134,41 +135,40 @@ impl ClosedWindow {
         }
     }
 
-    /// The rows of the window, in batches of at most 64 Ki, and the number of groups in which the sum of integers did not
-    /// fit into 64 bits: these sums are null.
+    /// The rows of the window, in batches of at most 64 Ki, and how many of their values are null because they could not be
+    /// computed: a sum that does not fit its type, an expression over aggregates that fails.
     pub fn evaluate(self) -> Result<(Vec<RecordBatch>, u64), Error> {
         let query = query_of(&self.queries, self.unit)?;
         let rows = self.groups();
-        let (starts, ends, values, overflowed) = self.rows.evaluate(query, self.unit).map_err(|e| query.error(&e))?;
+        let (starts, ends, finished) = self.rows.evaluate(query, self.unit).map_err(|e| query.error(&e))?;
         let mut batches = Vec::with_capacity(rows.div_ceil(OUTPUT_ROWS));
         for offset in (0..rows).step_by(OUTPUT_ROWS) {
             let len = OUTPUT_ROWS.min(rows - offset);
-            let mut columns: Vec<ArrayRef> = Vec::with_capacity(values.len() + 2);
+            let mut columns: Vec<ArrayRef> = Vec::with_capacity(finished.columns.len() + 2);
             for bounds in [&starts, &ends] {
                 columns.push(Arc::new(bounds.slice(offset, len).with_timezone_opt(query.time_zone())));
             }
-            columns.extend(values.iter().map(|v| v.slice(offset, len)));
+            columns.extend(finished.columns.iter().map(|v| v.slice(offset, len)));
             let batch = sql::batch_of(query.output_schema(), columns, len).map_err(|e| query.error(&e.into()))?;
             batches.push(batch);
         }
-        Ok((batches, overflowed))
+        Ok((batches, finished.failed))
     }
 }
 
 impl Rows {
-    /// Starts, ends, keys and values, and in how many groups a sum overflowed.
-    #[allow(clippy::type_complexity)]
+    /// Starts, ends, keys and values.
     fn evaluate(
         self,
         query: &WindowQuery,
         unit: Unit,
-    ) -> DataFusionResult<(TimestampMicrosecondArray, TimestampMicrosecondArray, Vec<ArrayRef>, u64)> {
+    ) -> DataFusionResult<(TimestampMicrosecondArray, TimestampMicrosecondArray, Finished)> {
         match self {
             Rows::Window { end_us, table } => {
                 let groups = table.groups();
-                let (values, overflowed) = table.evaluate(query)?;
+                let finished = table.evaluate(query)?;
                 let bound = |us| TimestampMicrosecondArray::from_value(us, groups);
-                Ok((bound(unit.key), bound(end_us), values, overflowed))
+                Ok((bound(unit.key), bound(end_us), finished))
             }
             Rows::Sessions(partial) => {
                 let (starts, ends) = bounds(query, &partial)?;
@@ -176,8 +176,8 @@ impl Rows {
                 let mut accumulators = Accumulators::new(query)?;
                 let groups: Vec<usize> = (0..partial.groups).collect();
                 accumulators.merge(query, &partial.states, &groups, partial.groups)?;
-                let (values, overflowed) = accumulators.evaluate(query, keys, partial.groups)?;
-                Ok((starts.reinterpret_cast(), ends.reinterpret_cast(), values, overflowed))
+                let finished = accumulators.evaluate(query, keys, partial.groups)?;
+                Ok((starts.reinterpret_cast(), ends.reinterpret_cast(), finished))
             }
         }
     }

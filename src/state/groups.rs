@@ -9,7 +9,7 @@ use datafusion_expr::{EmitTo, GroupsAccumulator};
 use datafusion_physical_plan::aggregates::group_values::{GroupValues, new_group_values};
 use datafusion_physical_plan::aggregates::order::GroupOrdering;
 
-use super::narrow_sums;
+use super::aggregate::Finished;
 use super::query::WindowQuery;
 
 /// How many groups a window may have before its keys move into a hash table. An empty hash table takes some 12 KiB: too
@@ -35,8 +35,6 @@ pub(super) struct GroupTable {
 /// The accumulators of a query, for groups that someone else keeps.
 pub(super) struct Accumulators {
     list: Vec<Box<dyn GroupsAccumulator>>,
-    /// How many state columns each accumulator has.
-    states: Vec<usize>,
 }
 
 /// What a table holds, as columns that can be encoded and merged.
@@ -60,8 +58,8 @@ impl Partial {
 
 impl Accumulators {
     pub fn new(query: &WindowQuery) -> Result<Self> {
-        let list = query.aggregates().iter().map(|a| a.accumulator()).collect::<Result<_>>()?;
-        Ok(Accumulators { list, states: query.aggregates().iter().map(|a| a.states()).collect() })
+        let list = query.aggregates().accumulators().iter().map(|a| a.create()).collect::<Result<_>>()?;
+        Ok(Accumulators { list })
     }
 
     pub fn bytes(&self) -> usize {
@@ -76,24 +74,21 @@ impl Accumulators {
         indices: &[usize],
         groups: usize,
     ) -> Result<()> {
-        for (accumulator, aggregate) in self.list.iter_mut().zip(query.aggregates()) {
-            let Some(argument) = arguments.get(aggregate.argument()) else {
-                return internal_err!("an aggregate lacks its argument");
-            };
-            accumulator.update_batch(std::slice::from_ref(argument), indices, None, groups)?;
+        for (accumulator, call) in self.list.iter_mut().zip(query.aggregates().accumulators()) {
+            call.update(accumulator.as_mut(), arguments, indices, groups)?;
         }
         Ok(())
     }
 
     pub fn merge(
         &mut self,
-        _query: &WindowQuery,
+        query: &WindowQuery,
         mut states: &[ArrayRef],
         indices: &[usize],
         groups: usize,
     ) -> Result<()> {
-        for (accumulator, &count) in self.list.iter_mut().zip(&self.states) {
-            let Some((state, rest)) = states.split_at_checked(count) else {
+        for (accumulator, call) in self.list.iter_mut().zip(query.aggregates().accumulators()) {
+            let Some((state, rest)) = states.split_at_checked(call.state().len()) else {
                 return internal_err!("a partial aggregate lacks state columns");
             };
             accumulator.merge_batch(state, indices, None, groups)?;
@@ -111,18 +106,15 @@ impl Accumulators {
         Ok(states)
     }
 
-    /// Keys and final values, and the number of groups in which an integer sum overflowed.
-    pub fn evaluate(mut self, query: &WindowQuery, keys: Vec<ArrayRef>, groups: usize) -> Result<(Vec<ArrayRef>, u64)> {
-        let mut columns = keys;
-        let mut overflowed = vec![false; groups];
-        for (accumulator, aggregate) in self.list.iter_mut().zip(query.aggregates()) {
-            let values = accumulator.evaluate(EmitTo::All)?;
-            columns.push(match aggregate.is_integer_sum() {
-                true => narrow_sums(&values, &mut overflowed),
-                false => values,
-            });
+    /// Keys and final values.
+    pub fn evaluate(mut self, query: &WindowQuery, keys: Vec<ArrayRef>, groups: usize) -> Result<Finished> {
+        let mut results = Vec::with_capacity(self.list.len());
+        for (accumulator, call) in self.list.iter_mut().zip(query.aggregates().accumulators()) {
+            results.push(call.results(accumulator.as_mut())?);
         }
-        Ok((columns, overflowed.iter().filter(|o| **o).count() as u64))
+        let mut finished = query.aggregates().finish(&keys, &results, groups)?;
+        finished.columns.splice(0..0, keys);
+        Ok(finished)
     }
 }
 
@@ -219,8 +211,8 @@ impl GroupTable {
         Ok(Partial { groups: self.groups, keys, states: self.accumulators.states()? })
     }
 
-    /// Keys and final values, and the number of groups in which an integer sum overflowed.
-    pub fn evaluate(mut self, query: &WindowQuery) -> Result<(Vec<ArrayRef>, u64)> {
+    /// Keys and final values.
+    pub fn evaluate(mut self, query: &WindowQuery) -> Result<Finished> {
         let keys = self.emit_keys(query)?;
         self.accumulators.evaluate(query, keys, self.groups)
     }

@@ -19,6 +19,8 @@ use crate::window::{Covering, Windowing, closed};
 /// Chunks of one partition go in, in the order of their offsets. Its own group tables, so lanes need no locks.
 pub struct Lane {
     queries: Arc<[WindowQuery]>,
+    /// Those of the queries that these rows are for.
+    active: Arc<[usize]>,
     /// Index of the event time column.
     event_time: usize,
     late_ms: i64,
@@ -35,9 +37,11 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// `event_time` is the index of the event time column; `late_ms` the watermark that rows are judged by.
-    pub fn new(queries: Arc<[WindowQuery]>, event_time: usize, late_ms: i64) -> Self {
+    /// `active` are the queries that the rows are for; `event_time` is the index of the event time column; `late_ms` the
+    /// watermark that rows are judged by.
+    pub fn new(queries: Arc<[WindowQuery]>, active: Arc<[usize]>, event_time: usize, late_ms: i64) -> Self {
         Lane {
+            active,
             event_time,
             late_ms,
             windows: queries.iter().map(|_| BTreeMap::new()).collect(),
@@ -61,7 +65,9 @@ impl Lane {
         if nulls == times.len() {
             return Ok(());
         }
-        for (index, query) in self.queries.clone().iter().enumerate() {
+        let queries = self.queries.clone();
+        for &index in self.active.clone().iter() {
+            let Some(query) = queries.get(index) else { continue };
             let (keep, failed) = query.filter(batch).map_err(|e| query.error(&e))?;
             if let Some(count) = self.failed_values.get_mut(index) {
                 *count += failed;
@@ -88,9 +94,9 @@ impl Lane {
 
     fn aggregate_sessions(&mut self, index: usize, query: &WindowQuery, batch: &RecordBatch) -> DataFusionResult<()> {
         let (arguments, failed) = query.arguments(batch)?;
-        let keys = query.key_columns(batch);
+        let (keys, failed_keys) = query.key_columns(batch)?;
         if let Some(count) = self.failed_values.get_mut(index) {
-            *count += failed;
+            *count += failed + failed_keys;
         }
         let Ok(times) = event_times(batch, self.event_time) else { return Ok(()) };
         let (Some(late), Some(sessions)) = (self.late_rows.get_mut(index), self.sessions.get_mut(index)) else {
@@ -112,9 +118,9 @@ impl Lane {
         windows: Vec<(i64, Option<Vec<u32>>)>,
     ) -> DataFusionResult<()> {
         let (arguments, failed) = query.arguments(batch)?;
-        let keys = query.key_columns(batch);
+        let (keys, failed_keys) = query.key_columns(batch)?;
         if let Some(count) = self.failed_values.get_mut(index) {
-            *count += failed;
+            *count += failed + failed_keys;
         }
         let (Some(late), Some(tables)) = (self.late_rows.get_mut(index), self.windows.get_mut(index)) else {
             return Ok(());
@@ -152,7 +158,7 @@ impl Lane {
         &self.late_rows
     }
 
-    /// Values that an aggregate or the filter saw as null because the expression failed on the row, by query.
+    /// Arguments of aggregates, filters and group keys that are null because their expression failed on the row, by query.
     pub fn failed_values(&self) -> &[u64] {
         &self.failed_values
     }

@@ -210,6 +210,19 @@ fn read_tables(
 
 #[cfg(test)]
 impl StateStore {
+    /// What is in memory as one file.
+    pub(super) fn into_run(self) -> super::Delta {
+        let mut builder = super::file::Builder::new();
+        for (unit, window) in self.open {
+            let query = query_of(&self.queries, unit).unwrap();
+            let Groups::Resident(table) = window.groups else { panic!("it is in memory") };
+            let partial = table.into_partial(query).unwrap();
+            let whole = super::shard::Shard::WHOLE;
+            builder.push(&super::file::Section::encode(query, unit, whole, window.end_us, &partial).unwrap());
+        }
+        builder.finish(&self.queries)
+    }
+
     /// Merges the bytes of a delta into windows in memory, as recovery does with files.
     pub(super) fn apply(&mut self, delta: &super::Delta, evict_ms: i64) -> Result<(), Error> {
         for entry in delta.index.entries.iter().filter(|e| !crate::window::closed(e.end_us, evict_ms)) {

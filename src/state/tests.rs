@@ -19,6 +19,7 @@ pub(super) const NEVER: i64 = i64::MIN / 1000;
 
 pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)]) -> WindowConfig {
     WindowConfig {
+        of: 0,
         table: TableConfig {
             table: "telemetry.minutes".to_string(),
             partition_by: Vec::new(),
@@ -76,7 +77,7 @@ pub(super) const ALL: [(&str, &str); 9] = [
 ];
 
 pub(super) fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
-    let mut lane = Lane::new(queries.clone(), 0, late_ms);
+    let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, late_ms);
     for batch in batches {
         lane.update(batch).unwrap();
     }
@@ -380,7 +381,7 @@ pub(super) fn canonical(batches: &[RecordBatch]) -> Vec<(String, Vec<u8>)> {
 }
 
 /// Batches as bytes, so that NaN and the sign of zero count.
-fn bits(batches: &[RecordBatch]) -> Vec<u8> {
+pub(super) fn bits(batches: &[RecordBatch]) -> Vec<u8> {
     let mut writer = Vec::new();
     for batch in batches {
         let mut stream = arrow::ipc::writer::StreamWriter::try_new(&mut writer, &batch.schema()).unwrap();
@@ -412,7 +413,7 @@ fn merging_deltas_equals_the_unbroken_state() {
 fn a_window_grows_from_few_groups_to_many() {
     let queries = queries(&[config(MINUTE as u64, &["device", "n"], &[("c", "count(*)"), ("s", "sum(x)")])]);
     let ids: Vec<String> = (0..40).map(|i| format!("d{i}")).collect();
-    let mut lane = Lane::new(queries.clone(), 0, NEVER);
+    let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, NEVER);
     for round in 0..3 {
         for (i, id) in ids.iter().enumerate() {
             let device = (i != 3).then_some(id.as_str());
@@ -468,16 +469,16 @@ fn large_windows_come_in_several_batches() {
 fn other_aggregates_are_refused_with_the_choices() {
     let mistakes = [
         ("a", "median(x)"),
-        ("b", "sum(x) / 2"),
+        ("b", "x + sum(x)"),
         ("c", "x"),
-        ("d", "count(distinct x)"),
+        ("d", "array_agg(x)"),
         ("e", "sum(device)"),
         ("f", "sum(nothing)"),
-        ("g", "sum(x) filter (where x > 1)"),
+        ("g", "sum(x) filter (where x)"),
         ("window_start", "count(*)"),
         ("h", "sum(x"),
         ("i", "sum(x) over ()"),
-        ("j", "sum(cast(x as decimal(10, 2)))"),
+        ("j", "row_number() over (order by t)"),
         ("device", "count(*)"),
         ("k", "sum(sum(x))"),
         ("l", "max(now())"),
@@ -485,8 +486,7 @@ fn other_aggregates_are_refused_with_the_choices() {
     let errors = WindowQuery::compile(&config(1, &["device", "place"], &mistakes), &schema(), "when").err().unwrap();
     println!("{errors:#?}");
     assert_eq!(errors.len(), 16, "{errors:#?}");
-    assert!(errors.iter().any(|e| e.contains("count(...), sum(...), avg(...), min(...), max(...)")));
-    assert!(errors.iter().any(|e| e.contains("place") && e.contains("columns: t, device, x, n, b")));
+    assert!(errors.iter().any(|e| e.contains("place") && e.contains("there are t, device, x, n, b")));
     let fine = [("a", "min(b)"), ("b", "max(t)"), ("c", "avg(n + 1)"), ("d", "sum(CASE WHEN b THEN 1 ELSE 0 END)")];
     let query = WindowQuery::compile(&config(1, &[], &fine), &schema(), "t").unwrap();
     let types: Vec<String> = query.output_schema().fields().iter().map(|f| f.data_type().to_string()).collect();
@@ -585,7 +585,8 @@ fn timing() {
     let (mut update, mut merge, mut groups, mut bytes) = (Duration::ZERO, Duration::ZERO, 0, 0);
     for part in chunks.chunks(50) {
         let begin = Instant::now();
-        let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), 0, 0)).collect();
+        let mut lanes: Vec<Lane> =
+            (0..LANES).map(|_| Lane::new(queries.clone(), (0..queries.len()).collect(), 0, 0)).collect();
         for (i, chunk) in part.iter().enumerate() {
             lanes[i % LANES].update(chunk).unwrap();
         }

@@ -201,7 +201,7 @@ fn a_table_stays_tidy() {
         let mut lane = session_lane::SessionLane::new(query).unwrap();
         let rows = batch(&rows);
         let times = rows.column(0).as_primitive::<TimestampMicrosecondType>();
-        lane.update(query, times, &query.key_columns(&rows), &query.arguments(&rows).unwrap().0, 0).unwrap();
+        lane.update(query, times, &query.key_columns(&rows).unwrap().0, &query.arguments(&rows).unwrap().0, 0).unwrap();
         for (_, partial) in lane.into_partials(query).unwrap() {
             table.merge(query, &partial).unwrap();
         }

@@ -6,6 +6,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+/// Aggregates equal what another engine computes from the rows.
+mod aggregates;
 /// `available_now` drains exactly what was there at its start; aborted transactions leave no trace.
 mod available_now;
 /// The broker stopped, restarted, frozen.
@@ -58,6 +60,8 @@ mod source;
 mod state;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.
 mod triggers;
+/// Several message types in one pipeline: topic and members pick schema and table.
+mod types;
 /// Tables stay small and fast, whatever the number of commits.
 mod upkeep;
 /// The watermark by partitions: who holds it back, who is idle, and what is late.

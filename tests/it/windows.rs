@@ -407,3 +407,65 @@ fn in_update_mode_the_newest_revisions_are_the_truth_so_far() {
         assert!(revisions[0].0 > truth.windows.len() as i64 && revisions[0].1 >= 8, "{revisions:?}");
     }
 }
+
+/// Sessions by definition: start and end in milliseconds, device, rows, sum of durations.
+fn naive_sessions(telemetry: &Telemetry, gap_ms: i64, watermark_ms: i64) -> Vec<(i64, i64, String, i64, i64)> {
+    let mut readings: Vec<(String, i64, i64)> = (0..telemetry.messages)
+        .map(|i| telemetry.reading(i))
+        .filter(|r| r.invalid.is_none())
+        .map(|r| (r.device_id(), r.event_ms, r.duration_ms))
+        .collect();
+    readings.sort();
+    let mut sessions: Vec<(i64, i64, String, i64, i64)> = Vec::new();
+    for (device, at_ms, duration_ms) in readings {
+        match sessions.last_mut().filter(|s| s.2 == device && at_ms <= s.1) {
+            Some(session) => {
+                (session.1, session.3, session.4) = (at_ms + gap_ms, session.3 + 1, session.4 + duration_ms);
+            }
+            None => sessions.push((at_ms, at_ms + gap_ms, device, 1, duration_ms)),
+        }
+    }
+    sessions.retain(|s| s.1 <= watermark_ms);
+    sessions.sort();
+    sessions
+}
+
+/// Sessions in many batches with disorder, killed on the way, in memory and in files only: as if read at once.
+#[test]
+fn sessions_are_the_same_however_often_the_process_dies() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    for budget in ["1 GiB", "0 B"] {
+        let topic = &format!("sessions-{}", budget.len());
+        let telemetry = Telemetry {
+            messages: 3_000,
+            devices: 40,
+            disorder_ms: DELAY_MS - 1,
+            partitions: 3,
+            ..Telemetry::default()
+        };
+        broker.create_topic(topic, telemetry.partitions, &[]);
+        let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+        let span_ms = (0..telemetry.messages).map(|i| telemetry.reading(i).event_ms).max().unwrap() - START_MS;
+        let gap_ms = (span_ms * telemetry.devices as i64 / telemetry.messages as i64).max(1);
+        let text = format!(
+            "table = \"telemetry.sessions\"\nsession_gap = \"{gap_ms} ms\"\ngroup_by = [\"device_id\"]\n\
+             [aggregates]\nevents = \"count(*)\"\nduration_sum = \"sum(duration_ms)\""
+        );
+        pipeline.add_window(&text).set("source.max_offsets_per_trigger", 200).set("state.memory_budget", budget);
+        let points = ["commit_log.before_put:kill:2", "execute.files_written:kill:3", "commit_log.after_put:kill:2"];
+        for (slice, point) in (0..).zip(points) {
+            broker.produce_records(topic, records(&telemetry, slice * 1_000..(slice + 1) * 1_000));
+            pipeline.run_failing(point).expect_killed();
+            pipeline.run();
+        }
+        let found: Vec<(i64, i64, String, i64, i64)> = pipeline.tables().query(
+            "select epoch_ms(window_start), epoch_ms(window_end), device_id, events, duration_sum \
+             from {telemetry.sessions} order by all",
+        );
+        let expected = naive_sessions(&telemetry, gap_ms, telemetry.truth().max_event_ms - DELAY_MS);
+        assert!(expected.len() > 100 && expected.iter().any(|s| s.3 > 2), "{} sessions", expected.len());
+        assert_eq!(found, expected);
+        everything(&pipeline, broker, &telemetry);
+    }
+}

@@ -19,11 +19,6 @@ const EXCEPTIONS: [(&str, &str); 4] = [
     ("update__group_without_window", "grouped without a window; Floe aggregates in windows"),
 ];
 
-/// What Floe cannot do yet.
-fn not_yet(name: &str) -> Option<&'static str> {
-    name.starts_with("append__decimal_aggregates").then_some("sums and averages of decimals")
-}
-
 /// By kind: how many there are, how many passed, and of the others how many are left out, by reason.
 #[derive(Default)]
 struct Count {
@@ -59,8 +54,6 @@ fn spark_vectors() {
         if let Some((_, reason)) = EXCEPTIONS.iter().find(|(exception, _)| *exception == name) {
             writeln!(out, "exception {name}: {reason}").unwrap();
             *count.left_out.entry("other than Spark on purpose").or_default() += 1;
-        } else if let Some(reason) = not_yet(&name) {
-            *count.left_out.entry(reason).or_default() += 1;
         } else {
             match replay::replay(&vector, false).and_then(|()| replay::replay(&vector, true)) {
                 Ok(()) => count.passed += 1,
