@@ -8,7 +8,7 @@ use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArra
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use arrow::record_batch::RecordBatch;
 use floe::checkpoint::{Checkpoint, StateFile, StateKind};
-use floe::config::{TableConfig, WindowConfig};
+use floe::config::{OutputMode, TableConfig, WindowConfig};
 use floe::state::{Lane, Reader, StateStore, WindowQuery};
 use floe::window::Windowing;
 use tokio::runtime::Runtime;
@@ -67,6 +67,7 @@ fn queries() -> Arc<[WindowQuery]> {
             provenance: false,
         },
         windowing: Windowing::new(Duration::from_secs(60), None, Duration::ZERO, None).unwrap(),
+        output_mode: OutputMode::Append,
         filter: None,
         late_table: None,
         group_by: vec!["device".to_string()],
@@ -130,7 +131,7 @@ impl Bench {
         let begin = Instant::now();
         let queries = &self.queries;
         let lane = |rows: &RecordBatch| {
-            let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, 0);
+            let mut lane = Lane::new(queries.clone(), [0].into(), 0, 0);
             lane.update(rows).unwrap();
             lane
         };
@@ -221,8 +222,7 @@ fn window_stage() {
     let mut store = StateStore::new(queries.clone());
     let begin = Instant::now();
     for batch in chunks.chunks(50) {
-        let mut lanes: Vec<Lane> =
-            (0..LANES).map(|_| Lane::new(queries.clone(), (0..queries.len()).collect(), 0, 0)).collect();
+        let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), [0].into(), 0, 0)).collect();
         for chunk in batch {
             lanes.iter_mut().zip(chunk).for_each(|(lane, rows)| lane.update(rows).unwrap());
         }

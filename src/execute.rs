@@ -24,7 +24,7 @@ use arrow::record_batch::RecordBatch;
 use iceberg::spec::DataFile;
 use uuid::Uuid;
 
-use crate::batch::{MicroBatch, TopicPartition};
+use crate::batch::{BatchId, MicroBatch, TopicPartition};
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
 use crate::decode::registry::BatchRegistry;
@@ -560,6 +560,13 @@ pub fn with_provenance(
     RecordBatch::try_new(schema.clone(), columns).map_err(|e| Error::Internal(e.to_string()))
 }
 
+/// Rows of a window in update mode: which batch they are of.
+fn with_revision(schema: &SchemaRef, rows: &RecordBatch, batch: BatchId) -> Result<RecordBatch, Error> {
+    let revision: ArrayRef = Arc::new(Int64Array::from_value(batch as i64, rows.num_rows()));
+    let columns = rows.columns().iter().cloned().chain([revision]).collect();
+    RecordBatch::try_new(schema.clone(), columns).map_err(|e| Error::Internal(e.to_string()))
+}
+
 /// The aggregation of one partition's rows of one type: chunks may arrive in any order and are taken in offset order.
 struct OrderedLane {
     state: Mutex<LaneState>,
@@ -649,11 +656,15 @@ impl Emit<'_> {
                 }
                 let table = self.pipeline.windows[window.query()];
                 let bounds = (table, window.start_us(), window.end_us());
+                let updates = self.pipeline.queries[window.query()].updates();
                 let (batches, overflowed) = window.evaluate()?;
-                for batch in &batches {
+                for mut batch in batches {
+                    if updates {
+                        batch = with_revision(&self.pipeline.tables[table].schema, &batch, self.plan.batch)?;
+                    }
                     *counts.windows.entry(self.pipeline.tables[table].name.clone()).or_default() +=
                         batch.num_rows() as u64;
-                    writers.write(table, batch)?;
+                    writers.write(table, &batch)?;
                 }
                 *overflows.entry(bounds).or_default() += overflowed;
                 Ok(())

@@ -105,7 +105,7 @@ impl Pipeline {
             };
             match WindowQuery::compile(window, columns, of.event_time.as_deref().unwrap_or_default()) {
                 Ok(query) => {
-                    windows.push(add(&mut tables, &window.table, query.output_schema()));
+                    windows.push(add(&mut tables, &window.table, query.table_schema()));
                     late_rows.push(window.late_table.as_ref().map(|late| {
                         let shared = tables.iter().position(|table| table.name == late.table);
                         shared.unwrap_or_else(|| add(&mut tables, late, late::schema(columns)))

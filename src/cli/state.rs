@@ -56,7 +56,10 @@ pub async fn state(config: &Config) -> Result<String, Error> {
         // A group that several files have some of is counted for each.
         let groups = format!("{}{}", if window.files > 1 { "<= " } else { "" }, window.groups);
         let (bytes, files) = (window.bytes.to_string(), window.files.to_string());
-        line([name(window.query), &time(window.start_us), &time(window.end_us), &groups, &bytes, &files]);
+        // Sessions are kept by shares of their keys.
+        let is_session = pipeline.queries.get(window.query).is_some_and(|q| q.is_session());
+        let start = if is_session { format!("sessions, share {}", window.start_us) } else { time(window.start_us) };
+        line([name(window.query), &start, &time(window.end_us), &groups, &bytes, &files]);
     }
     Ok(text)
 }

@@ -9,6 +9,7 @@ use super::read::Reader;
 use super::*;
 use crate::late;
 use crate::retry::{Deadlines, Strategy};
+use crate::state::REVISION;
 use crate::window::Windowing;
 
 /// Properties of librdkafka that decide whether records are read exactly once, or that a setting of Floe stands for.
@@ -321,6 +322,7 @@ fn windows(r: &mut Reader<'_>, types: &[TypeConfig]) -> Vec<WindowConfig> {
         }
         let table = table(r, &section);
         let windowing = windowing(r, &section);
+        let output_mode = output_mode(r, &section);
         let late_table = late_table(r, &section, &table);
         let key = format!("{section}.aggregates");
         let before = r.errors.len();
@@ -333,12 +335,16 @@ fn windows(r: &mut Reader<'_>, types: &[TypeConfig]) -> Vec<WindowConfig> {
         // Without a windowing there is an error, and with an error no configuration.
         let of = types::type_index(r, &format!("{section}.type"), types);
         let Some(windowing) = windowing else { continue };
-        windows.push(WindowConfig { of, table, windowing, filter, late_table, group_by, aggregates });
+        windows.push(WindowConfig { of, table, windowing, output_mode, filter, late_table, group_by, aggregates });
     }
     windows
 }
 
 fn windowing(r: &mut Reader<'_>, section: &str) -> Option<Windowing> {
+    let gap = format!("{section}.session_gap");
+    if r.has(&gap) {
+        return session(r, section, &gap);
+    }
     let size = format!("{section}.size");
     r.required(&size);
     let size = r.duration(&size);
@@ -356,6 +362,31 @@ fn windowing(r: &mut Reader<'_>, section: &str) -> Option<Windowing> {
             None
         }
     }
+}
+
+fn session(r: &mut Reader<'_>, section: &str, key: &str) -> Option<Windowing> {
+    for other in ["size", "slide", "start", "time_zone"] {
+        let other = format!("{section}.{other}");
+        if r.has(&other) {
+            r.error(&other, "has no meaning with session_gap: sessions begin and end with their rows");
+        }
+    }
+    let mode = format!("{section}.output_mode");
+    if r.text(&mode).as_deref() == Some(OutputMode::Update.name()) {
+        let problem = "sessions are written when they end: two that become one would leave the rows of both behind";
+        r.error(&mode, problem);
+    }
+    let windowing = Windowing::session(r.duration(key)?);
+    windowing.map_err(|problem| r.error(key, problem)).ok()
+}
+
+fn output_mode(r: &mut Reader<'_>, section: &str) -> OutputMode {
+    let key = format!("{section}.output_mode");
+    let Some(text) = r.text(&key) else { return OutputMode::Append };
+    OutputMode::ALL.into_iter().find(|mode| mode.name() == text).unwrap_or_else(|| {
+        r.error(&key, format!("found {text:?}, allowed are \"append\", \"update\""));
+        OutputMode::Append
+    })
 }
 
 /// Late rows always say where they are from, whatever the rows table does.
@@ -613,6 +644,9 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
             r.error(&format!("windows.{index}"), problem);
         }
         let mut output = vec!["window_start", "window_end"];
+        if window.output_mode == OutputMode::Update {
+            output.push(REVISION);
+        }
         let key = format!("windows.{index}.group_by");
         for text in &window.group_by {
             let column = match expression::key_name(text, columns) {

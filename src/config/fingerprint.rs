@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Config, ExpectationConfig, TableConfig, TypeConfig, WindowConfig};
+use super::{Config, ExpectationConfig, OutputMode, TableConfig, TypeConfig, WindowConfig};
 
 /// SHA-256 over a canonical form. In it: schema document, the column of what it leaves open, whether there is a registry, transform,
 /// expectations, event time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how
@@ -76,6 +76,9 @@ fn window(window: &WindowConfig) -> Value {
     let windowing = window.windowing.to_string();
     if windowing != (window.windowing.size().as_millis() * 1000).to_string() {
         meaning["windowing"] = windowing.into();
+    }
+    if window.output_mode != OutputMode::Append {
+        meaning["output_mode"] = window.output_mode.name().into();
     }
     if let Some(filter) = &window.filter {
         meaning["filter"] = filter.as_str().into();

@@ -274,12 +274,34 @@ pub struct TableConfig {
     pub provenance: bool,
 }
 
+/// When rows of a window are written, as in Spark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputMode {
+    /// Once, when it closes.
+    Append,
+    /// With every batch that has rows for it, the groups that it touched.
+    Update,
+}
+
+impl OutputMode {
+    pub const ALL: [OutputMode; 2] = [OutputMode::Append, OutputMode::Update];
+
+    /// As it is written in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            OutputMode::Append => "append",
+            OutputMode::Update => "update",
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct WindowConfig {
     /// Index of the message type whose rows it aggregates.
     pub of: usize,
     pub table: TableConfig,
     pub windowing: Windowing,
+    pub output_mode: OutputMode,
     /// SQL over the columns of a row: the rows that the windows are made of. None: all.
     pub filter: Option<String>,
     /// Where late rows are kept. None: they are only counted. Windows may share one.

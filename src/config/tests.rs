@@ -278,6 +278,7 @@ fn other_value(key: &str) -> &'static str {
         "windows.*.time_zone" => "Europe/Berlin",
         "windows.*.filter" => "status = 'ok'",
         "windows.*.late" => "drop",
+        "windows.*.output_mode" => "update",
         "windows.*.late_table" => "telemetry.too_late",
         "quality.expect.*.name" => "level",
         "quality.expect.*.sql" => "battery_level > 1",
@@ -381,8 +382,14 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
     let full = FULL.replace("[transform]\n", registry).replace("size = \"1 minute\"", windows);
     let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
     let of_types = with_types(&full);
+    // Sessions have no size.
+    let of_sessions = full.replace("size = \"1 day\"", "session_gap = \"1 day\"");
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
-        let full = if setting.key.contains("type") && setting.key != "catalog.type" { &of_types } else { &full };
+        let full = match setting.key {
+            "windows.*.session_gap" => &of_sessions,
+            key if key.contains("type") && key != "catalog.type" => &of_types,
+            _ => &full,
+        };
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);
         let mut case = Case::new();
@@ -711,6 +718,26 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "size = \"1 minute\"\nlate = \"table\"\nlate_table = \"late\"",
         "pipeline.toml:41: windows.0.late_table: found \"late\", allowed is namespace.table",
     ),
+    (
+        "size = \"1 minute\"",
+        "session_gap = \"0 s\"",
+        "pipeline.toml:39: windows.0.session_gap: found 0, allowed is a duration above 0",
+    ),
+    (
+        "size = \"1 minute\"",
+        "session_gap = \"1 minute\"\nsize = \"1 minute\"",
+        "pipeline.toml:40: windows.0.size: has no meaning with session_gap: sessions begin and end with their rows",
+    ),
+    (
+        "size = \"1 minute\"",
+        "session_gap = \"1 minute\"\noutput_mode = \"update\"",
+        "pipeline.toml:40: windows.0.output_mode: sessions are written when they end",
+    ),
+    (
+        "size = \"1 minute\"",
+        "size = \"1 minute\"\noutput_mode = \"complete\"",
+        "pipeline.toml:40: windows.0.output_mode: found \"complete\", allowed are \"append\", \"update\"",
+    ),
     ("size = \"1 minute\"\n", "", "pipeline.toml:37: windows.0.size: is required: a duration such as"),
     (
         "[\"device_id\", \"battery_low\"]",
@@ -912,6 +939,52 @@ fn the_fingerprint_changes_with_what_a_batch_means_and_with_nothing_else() {
     assert_eq!(case.load(FULL).unwrap().fingerprint, before, "layout has no meaning");
     fs::write(&file, SCHEMA.replace("100", "99")).unwrap();
     assert_ne!(case.load(FULL).unwrap().fingerprint, before);
+}
+
+#[test]
+fn windows_may_share_a_table_of_late_rows() {
+    let late = "size = \"1 minute\"\nlate = \"table\"\n";
+    let own = FULL.replace("size = \"1 minute\"\n", late);
+    let tables = |text: &str| {
+        let config = Case::new().load(text).unwrap();
+        let pipeline = crate::pipeline::Pipeline::compile(&config).unwrap();
+        let names: Vec<String> = pipeline.tables.iter().map(|t| t.name.clone()).collect();
+        assert_eq!(names, config.tables().map(|t| t.table.clone()).collect::<Vec<_>>());
+        names
+    };
+    let minutes = ["telemetry.events", "telemetry.device_minutes", "telemetry.device_minutes_late"];
+    assert_eq!(tables(&own), [&minutes[..], &["telemetry.refused"]].concat());
+    let second = "[[windows]]\ntable = \"telemetry.hours\"\nsize = \"1 hour\"\nlate = \"table\"\n\
+                  late_table = \"telemetry.device_minutes_late\"\n[windows.aggregates]\nn = \"count(*)\"\n[dead_letters]\n";
+    let shared = own.replace("[dead_letters]\n", second);
+    assert_eq!(tables(&shared), [&minutes[..], &["telemetry.hours", "telemetry.refused"]].concat());
+    let clash = own.replace("a_first", "watermark");
+    let errors = Case::new().errors(&clash);
+    assert_eq!(errors.len(), 1, "{errors:#?}");
+    assert!(
+        errors[0].contains("windows.0.late: late rows get a column watermark, which there is already"),
+        "{errors:#?}"
+    );
+}
+
+#[test]
+fn what_windows_are_made_of_is_in_the_fingerprint() {
+    let fingerprint = |setting: &str| {
+        let text = FULL.replace("size = \"1 minute\"", &format!("size = \"1 day\"\n{setting}"));
+        Case::new().load(&text).unwrap().fingerprint
+    };
+    let settings = [
+        "",
+        "slide = \"12 hours\"",
+        "start = \"1 hour\"",
+        "time_zone = \"Europe/Berlin\"",
+        "time_zone = \"Europe/London\"",
+        "filter = \"battery_low\"",
+        "late = \"table\"",
+    ];
+    let all: std::collections::BTreeSet<String> = settings.iter().map(|s| fingerprint(s)).collect();
+    assert_eq!(all.len(), settings.len());
+    assert_eq!(fingerprint("slide = \"24 hours\"\nstart = \"0 s\"\nlate = \"drop\""), fingerprint(""));
 }
 
 #[test]

@@ -50,15 +50,17 @@ impl Session {
             snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
         });
         let stats = state.stats();
-        let state_operators = stats.queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
+        let queries = query.pipeline.queries.iter().zip(&query.pipeline.windows);
+        let state_operators = stats.queries.into_iter().zip(queries).map(|(stats, (window, &table))| {
             let table = query.pipeline.tables[table].name.clone();
+            let (updates, written) = (window.updates(), counts.windows.get(&table).copied().unwrap_or(0));
             StateOperator {
                 num_rows_total: stats.groups,
                 num_windows: stats.open_windows,
                 next_window_end_ms: stats.next_end_us.map(|us| us.div_euclid(1000)),
                 memory_used_bytes: stats.bytes,
-                num_rows_updated: None,
-                num_rows_removed: counts.windows.get(&table).copied().unwrap_or(0),
+                num_rows_updated: updates.then_some(written),
+                num_rows_removed: if updates { stats.evicted } else { written },
                 custom_metrics: StateMetrics { stored_windows: stats.stored_windows },
                 num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
                 table,

@@ -343,6 +343,9 @@ async fn rows_table(
     query_id: Uuid,
 ) -> Result<PinnedTable, Error> {
     let why = "windows that were open cannot be rebuilt: they are aggregated again from the rows table";
+    if of.queries.iter().filter_map(|query| pipeline.queries.get(*query)).any(|query| query.is_session()) {
+        return Err(refused(format!("{why}, which does not tell how far back the sessions of a session_gap reach")));
+    }
     let Some(rows) = of.rows.filter(|_| of.provenance) else {
         return Err(refused(format!("{why}, which this pipeline has not, or not with rows.provenance = true")));
     };

@@ -4,13 +4,18 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, TimestampMicrosecondArray};
+use arrow::array::{ArrayRef, Int64Array, TimestampMicrosecondArray};
+use arrow::compute::{max, min};
 use arrow::record_batch::RecordBatch;
+use datafusion_common::Result as DataFusionResult;
 
-use super::groups::{GroupTable, Partial};
+use super::aggregate::Finished;
+use super::groups::{Accumulators, GroupTable, Partial};
 use super::query::WindowQuery;
+use super::sessions::bounds;
 use super::shard::Shard;
 use super::stored::{self, LiveFile, Reader, Span};
+use super::table::Table;
 use super::{Error, Unit, query_of};
 use crate::transform::sql;
 
@@ -25,6 +30,7 @@ pub struct Closing {
 
 pub(super) enum Content {
     Resident { unit: Unit, end_us: i64, table: GroupTable },
+    Sessions { unit: Unit, partial: Partial },
     Stored(Stored),
 }
 
@@ -53,7 +59,12 @@ impl Closing {
         let Closing { queries, content } = self;
         let stored = match content {
             Content::Stored(stored) => stored,
-            Content::Resident { unit, end_us, table } => return each(ClosedWindow { queries, unit, end_us, table }),
+            Content::Resident { unit, end_us, table } => {
+                return each(ClosedWindow { queries, unit, rows: Rows::Window { end_us, table } });
+            }
+            Content::Sessions { unit, partial } => {
+                return each(ClosedWindow { queries, unit, rows: Rows::Sessions(partial) });
+            }
         };
         let units: Vec<Unit> = stored.windows.iter().map(|w| w.unit).collect();
         let share = if units.len() > 1 { u64::MAX } else { stored.share };
@@ -62,14 +73,16 @@ impl Closing {
             for window in &stored.windows {
                 let unit = window.unit;
                 let query = query_of(&queries, unit)?;
-                let mut table = GroupTable::new(query).map_err(|e| query.error(&e))?;
+                let mut table = Table::new(query).map_err(|e| query.error(&e))?;
                 stored::merge(query, &mut table, &fetched.remove(&unit).unwrap_or_default(), shard)?;
+                let Table::Window(mut table) = table else { continue };
                 for lane in &window.lanes {
                     let partial = stored::filter(query, lane.clone(), shard)?;
                     table.merge(query, &partial).map_err(|e| query.error(&e))?;
                 }
                 if table.groups() > 0 {
-                    each(ClosedWindow { queries: queries.clone(), unit, end_us: window.end_us, table })?;
+                    let rows = Rows::Window { end_us: window.end_us, table };
+                    each(ClosedWindow { queries: queries.clone(), unit, rows })?;
                 }
             }
         }
@@ -77,12 +90,16 @@ impl Closing {
     }
 }
 
-/// A window that the watermark has passed, or a piece of it: ready to become rows.
+/// A window that the watermark has passed, or a piece of it, or several sessions: ready to become rows.
 pub struct ClosedWindow {
     queries: Arc<[WindowQuery]>,
     unit: Unit,
-    end_us: i64,
-    table: GroupTable,
+    rows: Rows,
+}
+
+enum Rows {
+    Window { end_us: i64, table: GroupTable },
+    Sessions(Partial),
 }
 
 impl ClosedWindow {
@@ -91,36 +108,77 @@ impl ClosedWindow {
         self.unit.query as usize
     }
 
+    /// Of several sessions, of the first one.
     pub fn start_us(&self) -> i64 {
-        self.unit.key
+        match &self.rows {
+            Rows::Window { .. } => self.unit.key,
+            Rows::Sessions(partial) => self.session_bounds(partial).and_then(|b| min(b.0)).unwrap_or(i64::MIN),
+        }
     }
 
+    /// Of several sessions, of the last one.
     pub fn end_us(&self) -> i64 {
-        self.end_us
+        match &self.rows {
+            Rows::Window { end_us, .. } => *end_us,
+            Rows::Sessions(partial) => self.session_bounds(partial).and_then(|b| max(b.1)).unwrap_or(i64::MAX),
+        }
+    }
+
+    fn session_bounds<'a>(&self, partial: &'a Partial) -> Option<(&'a Int64Array, &'a Int64Array)> {
+        bounds(query_of(&self.queries, self.unit).ok()?, partial).ok()
     }
 
     pub fn groups(&self) -> usize {
-        self.table.groups()
+        match &self.rows {
+            Rows::Window { table, .. } => table.groups(),
+            Rows::Sessions(partial) => partial.groups,
+        }
     }
 
     /// The rows of the window, in batches of at most 64 Ki, and how many of their values are null because they could not be
     /// computed: a sum that does not fit its type, an expression over aggregates that fails.
     pub fn evaluate(self) -> Result<(Vec<RecordBatch>, u64), Error> {
         let query = query_of(&self.queries, self.unit)?;
-        let rows = self.table.groups();
-        let finished = self.table.evaluate(query).map_err(|e| query.error(&e))?;
+        let rows = self.groups();
+        let (starts, ends, finished) = self.rows.evaluate(query, self.unit).map_err(|e| query.error(&e))?;
         let mut batches = Vec::with_capacity(rows.div_ceil(OUTPUT_ROWS));
         for offset in (0..rows).step_by(OUTPUT_ROWS) {
             let len = OUTPUT_ROWS.min(rows - offset);
             let mut columns: Vec<ArrayRef> = Vec::with_capacity(finished.columns.len() + 2);
-            for bound in [self.unit.key, self.end_us] {
-                let array = TimestampMicrosecondArray::from_value(bound, len);
-                columns.push(Arc::new(array.with_timezone_opt(query.time_zone())));
+            for bounds in [&starts, &ends] {
+                columns.push(Arc::new(bounds.slice(offset, len).with_timezone_opt(query.time_zone())));
             }
             columns.extend(finished.columns.iter().map(|v| v.slice(offset, len)));
             let batch = sql::batch_of(query.output_schema(), columns, len).map_err(|e| query.error(&e.into()))?;
             batches.push(batch);
         }
         Ok((batches, finished.failed))
+    }
+}
+
+impl Rows {
+    /// Starts, ends, keys and values.
+    fn evaluate(
+        self,
+        query: &WindowQuery,
+        unit: Unit,
+    ) -> DataFusionResult<(TimestampMicrosecondArray, TimestampMicrosecondArray, Finished)> {
+        match self {
+            Rows::Window { end_us, table } => {
+                let groups = table.groups();
+                let finished = table.evaluate(query)?;
+                let bound = |us| TimestampMicrosecondArray::from_value(us, groups);
+                Ok((bound(unit.key), bound(end_us), finished))
+            }
+            Rows::Sessions(partial) => {
+                let (starts, ends) = bounds(query, &partial)?;
+                let keys = partial.keys.iter().take(query.key_schema().fields().len()).cloned().collect();
+                let mut accumulators = Accumulators::new(query)?;
+                let groups: Vec<usize> = (0..partial.groups).collect();
+                accumulators.merge(query, &partial.states, &groups, partial.groups)?;
+                let finished = accumulators.evaluate(query, keys, partial.groups)?;
+                Ok((starts.reinterpret_cast(), ends.reinterpret_cast(), finished))
+            }
+        }
     }
 }

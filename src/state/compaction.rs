@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 use super::file::{Builder, Section};
-use super::groups::GroupTable;
 use super::query::WindowQuery;
 use super::shard::{self, Shard};
 use super::stored::{self, LiveFile, Pieces, Reader};
+use super::table::{self, Table};
 use super::{Error, SECTION_GROUPS, StateStore, Unit, closed, query_of};
 use crate::batch::BatchId;
 use crate::checkpoint::{Checkpoint, StateKind};
@@ -154,7 +154,7 @@ struct Output<'a> {
 
 impl Output<'_> {
     fn unit(&mut self, unit: Unit, pieces: &Pieces, shard: Shard) -> Result<(), Error> {
-        let Some((first, sections)) = pieces.first() else { return Ok(()) };
+        let Some((first, _)) = pieces.first() else { return Ok(()) };
         if pieces.iter().all(|(file, s)| file == first && shard.covers(s.entry.shard)) {
             for (_, sections) in pieces {
                 self.builder.copy(&sections.entry, sections.bytes());
@@ -162,14 +162,15 @@ impl Output<'_> {
             return self.flush_if_full();
         }
         let query = query_of(&self.compaction.queries, unit)?;
-        let mut table = GroupTable::new(query).map_err(|e| query.error(&e))?;
+        let mut table = Table::new(query).map_err(|e| query.error(&e))?;
         stored::merge(query, &mut table, pieces, shard)?;
-        let end_us = sections.entry.end_us;
+        table.forget_closed(self.compaction.evict_ms).map_err(|e| query.error(&e))?;
         if table.groups() == 0 {
             return Ok(());
         }
         let partial = table.into_partial(query).map_err(|e| query.error(&e))?;
         for (shard, partial) in shard::split(query, partial, shard, SECTION_GROUPS).map_err(|e| query.error(&e))? {
+            let end_us = table::end_of(query, unit, &partial).map_err(|e| query.error(&e))?;
             self.builder.push(&Section::encode(query, unit, shard, end_us, &partial)?);
         }
         self.flush_if_full()

@@ -289,7 +289,7 @@ impl Sections {
             let batch: RecordBatch =
                 read_record_batch(&body, header, schema, &HashMap::new(), None, &message.version())
                     .map_err(|e| wrong(e.to_string()))?;
-            let (keys, states) = batch.columns().split_at(query.key_schema().fields().len());
+            let (keys, states) = batch.columns().split_at(query.state_keys());
             each(Partial { groups: batch.num_rows(), keys: keys.to_vec(), states: states.to_vec() })?;
             at = end.next_multiple_of(ALIGN);
         }

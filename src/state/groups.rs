@@ -2,7 +2,8 @@
 //!
 //! Invariant: group i of the keys is group i of every accumulator, and groups keep the order of their first row.
 
-use arrow::array::ArrayRef;
+use arrow::array::{ArrayRef, UInt32Array};
+use arrow::compute::take;
 use datafusion_common::{Result, internal_err};
 use datafusion_expr::{EmitTo, GroupsAccumulator};
 use datafusion_physical_plan::aggregates::group_values::{GroupValues, new_group_values};
@@ -28,7 +29,12 @@ enum Keys {
 pub(super) struct GroupTable {
     keys: Keys,
     groups: usize,
-    accumulators: Vec<Box<dyn GroupsAccumulator>>,
+    accumulators: Accumulators,
+}
+
+/// The accumulators of a query, for groups that someone else keeps.
+pub(super) struct Accumulators {
+    list: Vec<Box<dyn GroupsAccumulator>>,
 }
 
 /// What a table holds, as columns that can be encoded and merged.
@@ -40,11 +46,82 @@ pub(super) struct Partial {
     pub states: Vec<ArrayRef>,
 }
 
+impl Partial {
+    /// The given groups, in the order given.
+    pub fn gather(&self, groups: Vec<u32>) -> Result<Partial> {
+        let groups = UInt32Array::from(groups);
+        let gather =
+            |columns: &[ArrayRef]| columns.iter().map(|c| Ok(take(c, &groups, None)?)).collect::<Result<Vec<_>>>();
+        Ok(Partial { groups: groups.len(), keys: gather(&self.keys)?, states: gather(&self.states)? })
+    }
+}
+
+impl Accumulators {
+    pub fn new(query: &WindowQuery) -> Result<Self> {
+        let list = query.aggregates().accumulators().iter().map(|a| a.create()).collect::<Result<_>>()?;
+        Ok(Accumulators { list })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.list.iter().map(|a| a.size()).sum()
+    }
+
+    /// `groups` is how many there are with those of these rows.
+    pub fn update(
+        &mut self,
+        query: &WindowQuery,
+        arguments: &[ArrayRef],
+        indices: &[usize],
+        groups: usize,
+    ) -> Result<()> {
+        for (accumulator, call) in self.list.iter_mut().zip(query.aggregates().accumulators()) {
+            call.update(accumulator.as_mut(), arguments, indices, groups)?;
+        }
+        Ok(())
+    }
+
+    pub fn merge(
+        &mut self,
+        query: &WindowQuery,
+        mut states: &[ArrayRef],
+        indices: &[usize],
+        groups: usize,
+    ) -> Result<()> {
+        for (accumulator, call) in self.list.iter_mut().zip(query.aggregates().accumulators()) {
+            let Some((state, rest)) = states.split_at_checked(call.state().len()) else {
+                return internal_err!("a partial aggregate lacks state columns");
+            };
+            accumulator.merge_batch(state, indices, None, groups)?;
+            states = rest;
+        }
+        Ok(())
+    }
+
+    /// Gives the states of all groups away.
+    pub fn states(&mut self) -> Result<Vec<ArrayRef>> {
+        let mut states = Vec::new();
+        for accumulator in &mut self.list {
+            states.extend(accumulator.state(EmitTo::All)?);
+        }
+        Ok(states)
+    }
+
+    /// Keys and final values.
+    pub fn evaluate(mut self, query: &WindowQuery, keys: Vec<ArrayRef>, groups: usize) -> Result<Finished> {
+        let mut results = Vec::with_capacity(self.list.len());
+        for (accumulator, call) in self.list.iter_mut().zip(query.aggregates().accumulators()) {
+            results.push(call.results(accumulator.as_mut())?);
+        }
+        let mut finished = query.aggregates().finish(&keys, &results, groups)?;
+        finished.columns.splice(0..0, keys);
+        Ok(finished)
+    }
+}
+
 impl GroupTable {
     pub fn new(query: &WindowQuery) -> Result<Self> {
         let keys = if query.key_schema().fields().is_empty() { Keys::None } else { Keys::Few(Vec::new()) };
-        let accumulators = query.aggregates().accumulators().iter().map(|a| a.create()).collect::<Result<_>>()?;
-        Ok(GroupTable { keys, groups: 0, accumulators })
+        Ok(GroupTable { keys, groups: 0, accumulators: Accumulators::new(query)? })
     }
 
     pub fn groups(&self) -> usize {
@@ -52,13 +129,12 @@ impl GroupTable {
     }
 
     pub fn bytes(&self) -> usize {
-        let accumulators: usize = self.accumulators.iter().map(|a| a.size()).sum();
         let keys = match &self.keys {
             Keys::None => 0,
             Keys::Few(keys) => keys.iter().map(|key| key.len() + size_of::<Box<[u8]>>()).sum(),
             Keys::Many(keys) => keys.size(),
         };
-        keys + accumulators
+        keys + self.accumulators.bytes()
     }
 
     /// Aggregates rows; `arguments` are those of the query, `indices` is scratch space.
@@ -71,10 +147,7 @@ impl GroupTable {
         indices: &mut Vec<usize>,
     ) -> Result<()> {
         self.intern(query, keys, rows, indices)?;
-        for (accumulator, call) in self.accumulators.iter_mut().zip(query.aggregates().accumulators()) {
-            call.update(accumulator.as_mut(), arguments, indices, self.groups)?;
-        }
-        Ok(())
+        self.accumulators.update(query, arguments, indices, self.groups)
     }
 
     pub fn merge(&mut self, query: &WindowQuery, partial: &Partial) -> Result<()> {
@@ -83,15 +156,7 @@ impl GroupTable {
         }
         let mut indices = Vec::with_capacity(partial.groups);
         self.intern(query, &partial.keys, partial.groups, &mut indices)?;
-        let mut states = partial.states.as_slice();
-        for (accumulator, call) in self.accumulators.iter_mut().zip(query.aggregates().accumulators()) {
-            let Some((state, rest)) = states.split_at_checked(call.state().len()) else {
-                return internal_err!("a partial aggregate lacks state columns");
-            };
-            accumulator.merge_batch(state, &indices, None, self.groups)?;
-            states = rest;
-        }
-        Ok(())
+        self.accumulators.merge(query, &partial.states, &indices, self.groups)
     }
 
     fn intern(&mut self, query: &WindowQuery, keys: &[ArrayRef], rows: usize, indices: &mut Vec<usize>) -> Result<()> {
@@ -120,25 +185,36 @@ impl GroupTable {
         Ok(())
     }
 
+    /// The groups of these keys in a table of their own, to be evaluated; all of them have to be in this one, which stays
+    /// what it is. Accumulators can only give their state away, so all of it goes out and in again.
+    pub fn copy_of(&mut self, query: &WindowQuery, keys: &[(usize, Vec<ArrayRef>)]) -> Result<GroupTable> {
+        let mut touched = Vec::new();
+        let mut indices = Vec::new();
+        for (groups, keys) in keys {
+            self.intern(query, keys, *groups, &mut indices)?;
+            touched.extend(indices.iter().map(|group| *group as u32));
+        }
+        touched.sort();
+        touched.dedup();
+        let partial = std::mem::replace(self, GroupTable::new(query)?).into_partial(query)?;
+        self.merge(query, &partial)?;
+        let mut copy = GroupTable::new(query)?;
+        match touched.len() == partial.groups {
+            true => copy.merge(query, &partial)?,
+            false => copy.merge(query, &partial.gather(touched)?)?,
+        }
+        Ok(copy)
+    }
+
     pub fn into_partial(mut self, query: &WindowQuery) -> Result<Partial> {
         let keys = self.emit_keys(query)?;
-        let mut states = Vec::new();
-        for accumulator in &mut self.accumulators {
-            states.extend(accumulator.state(EmitTo::All)?);
-        }
-        Ok(Partial { groups: self.groups, keys, states })
+        Ok(Partial { groups: self.groups, keys, states: self.accumulators.states()? })
     }
 
     /// Keys and final values.
     pub fn evaluate(mut self, query: &WindowQuery) -> Result<Finished> {
         let keys = self.emit_keys(query)?;
-        let mut results = Vec::with_capacity(self.accumulators.len());
-        for (accumulator, call) in self.accumulators.iter_mut().zip(query.aggregates().accumulators()) {
-            results.push(call.results(accumulator.as_mut())?);
-        }
-        let mut finished = query.aggregates().finish(&keys, &results, self.groups)?;
-        finished.columns.splice(0..0, keys);
-        Ok(finished)
+        self.accumulators.evaluate(query, keys, self.groups)
     }
 
     fn emit_keys(&mut self, query: &WindowQuery) -> Result<Vec<ArrayRef>> {

@@ -13,6 +13,7 @@ use datafusion_common::Result as DataFusionResult;
 use super::Error;
 use super::groups::GroupTable;
 use super::query::WindowQuery;
+use super::session_lane::SessionLane;
 use crate::window::{Covering, Windowing, closed};
 
 /// Chunks of one partition go in, in the order of their offsets. Its own group tables, so lanes need no locks.
@@ -25,6 +26,8 @@ pub struct Lane {
     late_ms: i64,
     /// By query: window start to groups.
     windows: Vec<BTreeMap<i64, GroupTable>>,
+    /// By query, where its windows are sessions and there are rows.
+    sessions: Vec<Option<SessionLane>>,
     max_event_time_us: Option<i64>,
     late_rows: Vec<u64>,
     failed_values: Vec<u64>,
@@ -42,6 +45,7 @@ impl Lane {
             event_time,
             late_ms,
             windows: queries.iter().map(|_| BTreeMap::new()).collect(),
+            sessions: queries.iter().map(|_| None).collect(),
             max_event_time_us: None,
             late_rows: vec![0; queries.len()],
             failed_values: vec![0; queries.len()],
@@ -81,8 +85,29 @@ impl Lane {
 
     /// Adds the rows of a batch to the groups of their windows.
     fn aggregate(&mut self, index: usize, query: &WindowQuery, batch: &RecordBatch) -> Result<(), Error> {
+        if query.is_session() {
+            return self.aggregate_sessions(index, query, batch).map_err(|e| query.error(&e));
+        }
         let windows = assign(event_times(batch, self.event_time)?, query.windowing());
         self.aggregate_windows(index, query, batch, windows).map_err(|e| query.error(&e))
+    }
+
+    fn aggregate_sessions(&mut self, index: usize, query: &WindowQuery, batch: &RecordBatch) -> DataFusionResult<()> {
+        let (arguments, failed) = query.arguments(batch)?;
+        let (keys, failed_keys) = query.key_columns(batch)?;
+        if let Some(count) = self.failed_values.get_mut(index) {
+            *count += failed + failed_keys;
+        }
+        let Ok(times) = event_times(batch, self.event_time) else { return Ok(()) };
+        let (Some(late), Some(sessions)) = (self.late_rows.get_mut(index), self.sessions.get_mut(index)) else {
+            return Ok(());
+        };
+        let lane = match sessions.take() {
+            Some(lane) => lane,
+            None => SessionLane::new(query)?,
+        };
+        *late += sessions.insert(lane).update(query, times, &keys, &arguments, self.late_ms)?;
+        Ok(())
     }
 
     fn aggregate_windows(
@@ -145,11 +170,13 @@ impl Lane {
 
     /// Memory held by the groups.
     pub fn bytes(&self) -> usize {
-        self.windows.iter().flat_map(BTreeMap::values).map(GroupTable::bytes).sum()
+        let windows: usize = self.windows.iter().flat_map(BTreeMap::values).map(GroupTable::bytes).sum();
+        windows + self.sessions.iter().flatten().map(SessionLane::bytes).sum::<usize>()
     }
 
-    pub(super) fn into_windows(self) -> Vec<BTreeMap<i64, GroupTable>> {
-        self.windows
+    /// By query: windows by their start, and sessions.
+    pub(super) fn into_parts(self) -> (Vec<BTreeMap<i64, GroupTable>>, Vec<Option<SessionLane>>) {
+        (self.windows, self.sessions)
     }
 }
 

@@ -19,16 +19,21 @@ mod lane;
 mod late;
 mod query;
 mod residence;
+mod session_lane;
+mod sessions;
 mod shard;
 #[cfg(test)]
 mod spark_vectors;
 mod stored;
 #[cfg(test)]
 mod stored_tests;
+mod table;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod tests_aggregates;
+#[cfg(test)]
+mod tests_sessions;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,13 +43,15 @@ use crate::error::Kind;
 use crate::window::closed;
 use closed::{Content, StoredWindow};
 use groups::{GroupTable, Partial};
+use sessions::SessionTable;
 use shard::Shard;
+use table::Table;
 
 pub use closed::{ClosedWindow, Closing};
 pub use compaction::{Compacted, Compaction};
 pub use lane::Lane;
 pub use late::LateRows;
-pub use query::WindowQuery;
+pub use query::{REVISION, WindowQuery};
 pub use stored::{LiveFile, Reader, StoredWindowStats, open_windows};
 
 /// A partial of more groups is split by a hash of the key when it is written. Tests have few groups and split nevertheless.
@@ -110,6 +117,8 @@ pub struct QueryStats {
     pub groups: u64,
     /// In memory.
     pub bytes: u64,
+    /// In update mode, groups that the last batch let go with the windows that it closed; at most, as `groups`.
+    pub evicted: u64,
     /// Where its first open window ends: the next one to close.
     pub next_end_us: Option<i64>,
 }
@@ -122,7 +131,8 @@ pub struct Stats {
     pub file_bytes: u64,
 }
 
-/// What comes into memory and leaves it as a whole: a window of a query, by its start.
+/// What comes into memory and leaves it as a whole: a window of a query, by its start, or the sessions of a share of the keys,
+/// by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Unit {
     query: u32,
@@ -131,6 +141,9 @@ pub(crate) struct Unit {
 
 impl Unit {
     fn show(self, query: &WindowQuery) -> String {
+        if query.is_session() {
+            return format!("share {} of the sessions of table {}", self.key, query.table());
+        }
         let start = jiff::Timestamp::from_microsecond(self.key);
         let start = start.map_or_else(|_| format!("{} µs", self.key), |t| t.to_string());
         format!("the window {start} of table {}", query.table())
@@ -151,9 +164,19 @@ pub struct StateStore {
     residence: Option<residence::Residence>,
     /// Counts batches, to know which windows were touched longest ago.
     clock: u64,
+    /// For [`StateStore::close`] to hand out: what the batch in hand has touched of the queries in update mode, and the sessions
+    /// that end with it.
+    ready: Vec<Closing>,
+    /// By query in update mode: groups that the last batch let go.
+    evicted: BTreeMap<u32, u64>,
+    /// What ended by it has been handed out, though files may still have it.
+    closed_ms: i64,
 }
 
 struct Window {
+    /// When something of it closes first; before that, for sessions that are in files only and have not been read yet.
+    first_end_us: i64,
+    /// When all of it is closed.
     end_us: i64,
     groups: Groups,
     /// When a batch last had rows for it.
@@ -163,7 +186,7 @@ struct Window {
 }
 
 enum Groups {
-    Resident(GroupTable),
+    Resident(Table),
     /// In files only, but for what the batch in hand adds where the window closes with it.
     Stored(Vec<Partial>),
 }
@@ -174,7 +197,13 @@ struct Task {
     end_us: i64,
     /// What there is of it already; None: it is new.
     window: Option<Window>,
-    lanes: Vec<GroupTable>,
+    lanes: Vec<LanePart>,
+}
+
+/// What a lane has of a unit.
+enum LanePart {
+    Window(GroupTable),
+    Sessions(Partial),
 }
 
 struct Merged {
@@ -182,27 +211,56 @@ struct Merged {
     window: Window,
     /// By lane, in their order; none if the window is about to close.
     sections: Vec<file::Section>,
+    /// What is to be handed out now.
+    ready: Option<Content>,
 }
 
 impl StateStore {
     /// Empty, without files: everything stays in memory. A running query begins with [`StateStore::recover`].
     pub fn new(queries: Arc<[WindowQuery]>) -> Self {
-        StateStore { queries, open: BTreeMap::new(), files: Arc::default(), residence: None, clock: 0 }
+        StateStore {
+            queries,
+            open: BTreeMap::new(),
+            files: Arc::default(),
+            residence: None,
+            clock: 0,
+            ready: Vec::new(),
+            evicted: BTreeMap::new(),
+            closed_ms: i64::MIN / 1000,
+        }
     }
 
     /// Merges the lanes' partial aggregates in the order given, windows in parallel on up to `workers` threads, and gives the
     /// delta: the partials of those windows that stay open after `evict_ms`. A window that is in files only stays there: what
-    /// the batch adds to it is in the delta.
+    /// the batch adds to it is in the delta. In update mode it is read back, for its results are wanted now; so are sessions,
+    /// for what they become is only known where they are known.
     pub fn merge_lanes(&mut self, lanes: Vec<Lane>, evict_ms: i64, workers: usize) -> Result<Delta, Error> {
         self.clock += 1;
-        let mut touched: BTreeMap<Unit, Vec<GroupTable>> = BTreeMap::new();
+        let mut touched: BTreeMap<Unit, Vec<LanePart>> = BTreeMap::new();
         for lane in lanes {
-            for (query, windows) in (0..).zip(lane.into_windows()) {
+            let (windows, sessions) = lane.into_parts();
+            for (query, windows) in (0..).zip(windows) {
                 for (key, table) in windows {
-                    touched.entry(Unit { query, key }).or_default().push(table);
+                    touched.entry(Unit { query, key }).or_default().push(LanePart::Window(table));
+                }
+            }
+            for ((query, lane), compiled) in (0..).zip(sessions).zip(self.queries.iter()) {
+                let Some(lane) = lane else { continue };
+                for (key, partial) in lane.into_partials(compiled).map_err(|e| compiled.error(&e))? {
+                    touched.entry(Unit { query, key }).or_default().push(LanePart::Sessions(partial));
                 }
             }
         }
+        for (unit, _) in self.open.iter().filter(|(_, w)| closed(w.first_end_us, evict_ms)) {
+            if query_of(&self.queries, *unit)?.is_session() {
+                touched.entry(*unit).or_default();
+            }
+        }
+        let wanted = touched.keys().filter(|unit| {
+            let wanted = self.queries.get(unit.query as usize).is_some_and(|q| q.updates() || q.is_session());
+            wanted && self.open.get(unit).is_some_and(|w| matches!(w.groups, Groups::Stored(_)))
+        });
+        self.read_back(wanted.copied().collect(), workers)?;
         let mut tasks = Vec::with_capacity(touched.len());
         for (unit, lanes) in touched {
             let end_us = query_of(&self.queries, unit)?.windowing().end(unit.key);
@@ -212,22 +270,41 @@ impl StateStore {
         let mut merged = in_parallel(tasks, workers, |task| merge_window(&queries, task, evict_ms, clock))?;
         merged.sort_by_key(|m| m.unit);
         let mut builder = file::Builder::new();
-        for Merged { unit, window, sections } in merged {
+        self.ready.clear();
+        for Merged { unit, window, sections, ready } in merged {
             sections.iter().for_each(|section| builder.push(section));
-            self.open.insert(unit, window);
+            self.ready.extend(ready.map(|content| Closing { queries: self.queries.clone(), content }));
+            // Of a share there may be no sessions left.
+            if !matches!(&window.groups, Groups::Resident(table) if table.groups() == 0) {
+                self.open.insert(unit, window);
+            }
         }
+        self.closed_ms = evict_ms;
         Ok(builder.finish(&self.queries))
     }
 
-    /// Removes and hands out the windows that `evict_ms` closes, by query and time.
+    /// Removes the windows that `evict_ms` closes and hands them out, by query and time. Of a query in update mode it hands out
+    /// what the batch has touched instead: all that there is to a window has been handed out when it closes.
     pub fn close(&mut self, evict_ms: i64) -> Vec<Closing> {
-        let done: Vec<Unit> = self.open.iter().filter(|(_, w)| closed(w.end_us, evict_ms)).map(|(u, _)| *u).collect();
-        let mut closing = Vec::new();
+        let is_session = |unit: &Unit| self.queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);
+        let done = self.open.iter().filter(|(unit, w)| closed(w.end_us, evict_ms) && !is_session(unit));
+        let done: Vec<Unit> = done.map(|(unit, _)| *unit).collect();
+        let mut closing = std::mem::take(&mut self.ready);
+        self.evicted.clear();
         let mut stored: BTreeMap<Unit, StoredWindow> = BTreeMap::new();
         for unit in done {
-            let Some(Window { end_us, groups, .. }) = self.open.remove(&unit) else { continue };
+            let Some(Window { end_us, groups, stored_groups, .. }) = self.open.remove(&unit) else { continue };
+            if self.queries.get(unit.query as usize).is_some_and(WindowQuery::updates) {
+                *self.evicted.entry(unit.query).or_default() += match groups {
+                    Groups::Resident(table) => table.groups() as u64,
+                    Groups::Stored(_) => stored_groups,
+                };
+                continue;
+            }
             match groups {
-                Groups::Resident(table) => closing.push(Closing {
+                // They have been closed by the merge.
+                Groups::Resident(Table::Sessions(_)) => {}
+                Groups::Resident(Table::Window(table)) => closing.push(Closing {
                     queries: self.queries.clone(),
                     content: Content::Resident { unit, end_us, table },
                 }),
@@ -265,8 +342,18 @@ impl StateStore {
         let mut queries = vec![QueryStats::default(); self.queries.len()];
         for (unit, window) in &self.open {
             let Some(stats) = queries.get_mut(unit.query as usize) else { continue };
-            stats.open_windows += 1;
-            stats.next_end_us = Some(stats.next_end_us.map_or(window.end_us, |end| end.min(window.end_us)));
+            // Each session is a window.
+            let sessions = self.queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);
+            stats.open_windows += match &window.groups {
+                Groups::Resident(table) if sessions => table.groups() as u64,
+                Groups::Stored(_) if sessions => window.stored_groups,
+                _ => 1,
+            };
+            // Of sessions that are in files only it is not known until they are read.
+            if window.first_end_us > i64::MIN {
+                let end = window.first_end_us;
+                stats.next_end_us = Some(stats.next_end_us.map_or(end, |next| next.min(end)));
+            }
             match &window.groups {
                 Groups::Resident(table) => {
                     stats.groups += table.groups() as u64;
@@ -274,8 +361,13 @@ impl StateStore {
                 }
                 Groups::Stored(_) => {
                     stats.groups += window.stored_groups;
-                    stats.stored_windows += 1;
+                    stats.stored_windows += if sessions { window.stored_groups } else { 1 };
                 }
+            }
+        }
+        for (query, evicted) in &self.evicted {
+            if let Some(stats) = queries.get_mut(*query as usize) {
+                stats.evicted = *evicted;
             }
         }
         let file_bytes = self.files.iter().map(|live| live.file.bytes).sum();
@@ -286,19 +378,30 @@ impl StateStore {
 fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64, clock: u64) -> Result<Merged, Error> {
     let Task { unit, end_us, window, lanes } = task;
     let query = query_of(queries, unit)?;
+    if query.is_session() {
+        return merge_sessions(query, unit, window, lanes, evict_ms, clock);
+    }
     let stays_open = !closed(end_us, evict_ms);
     let (mut table, mut stored, stored_groups) = match window {
         None => (None, None, 0),
-        Some(Window { groups: Groups::Resident(table), stored_groups, .. }) => (Some(table), None, stored_groups),
+        Some(Window { groups: Groups::Resident(Table::Sessions(_)), .. }) => return Err(Error::Panicked),
+        Some(Window { groups: Groups::Resident(Table::Window(table)), stored_groups, .. }) => {
+            (Some(table), None, stored_groups)
+        }
         Some(Window { groups: Groups::Stored(_), stored_groups, .. }) => (None, Some(Vec::new()), stored_groups),
     };
     let mut sections = Vec::new();
+    let mut touched = Vec::new();
     for lane in lanes {
-        if table.is_none() && stored.is_none() && !stays_open {
+        let LanePart::Window(lane) = lane else { return Err(Error::Panicked) };
+        if table.is_none() && stored.is_none() && !stays_open && !query.updates() {
             table = Some(lane);
             continue;
         }
         let partial = lane.into_partial(query).map_err(|e| query.error(&e))?;
+        if query.updates() {
+            touched.push((partial.groups, partial.keys.clone()));
+        }
         match &mut stored {
             Some(lanes) if !stays_open => lanes.push(partial.clone()),
             Some(_) => {}
@@ -318,11 +421,59 @@ fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64, clock: u64) 
             }
         }
     }
+    let ready = match &mut table {
+        Some(table) if query.updates() => {
+            let table = table.copy_of(query, &touched).map_err(|e| query.error(&e))?;
+            Some(Content::Resident { unit, end_us, table })
+        }
+        _ => None,
+    };
     let groups = match stored {
         Some(lanes) => Groups::Stored(lanes),
-        None => Groups::Resident(table.ok_or(Error::Panicked)?),
+        None => Groups::Resident(Table::Window(table.ok_or(Error::Panicked)?)),
     };
-    Ok(Merged { unit, window: Window { end_us, groups, touched: clock, stored_groups }, sections })
+    let window = Window { first_end_us: end_us, end_us, groups, touched: clock, stored_groups };
+    Ok(Merged { unit, window, sections, ready })
+}
+
+/// A share of the sessions: the delta has those that the batch has touched, as they are now.
+fn merge_sessions(
+    query: &WindowQuery,
+    unit: Unit,
+    window: Option<Window>,
+    lanes: Vec<LanePart>,
+    evict_ms: i64,
+    clock: u64,
+) -> Result<Merged, Error> {
+    let failed = |e| query.error(&e);
+    let (mut table, stored_groups) = match window {
+        None => (SessionTable::default(), 0),
+        Some(Window { groups: Groups::Resident(Table::Sessions(table)), stored_groups, .. }) => (table, stored_groups),
+        Some(_) => return Err(Error::Panicked),
+    };
+    for lane in lanes {
+        let LanePart::Sessions(partial) = lane else { return Err(Error::Panicked) };
+        table.merge(query, &partial).map_err(failed)?;
+    }
+    let changed = table.changed(evict_ms).map_err(failed)?;
+    let mut sections = Vec::new();
+    if changed.groups > 0 {
+        for (shard, partial) in shard::split(query, changed, Shard::WHOLE, SECTION_GROUPS).map_err(failed)? {
+            let end_us = table::end_of(query, unit, &partial).map_err(failed)?;
+            sections.push(file::Section::encode(query, unit, shard, end_us, &partial)?);
+        }
+    }
+    let partial = table.close(evict_ms).map_err(failed)?;
+    let ready = (partial.groups > 0).then_some(Content::Sessions { unit, partial });
+    let table = Table::Sessions(table);
+    let window = Window {
+        first_end_us: table.first_end(query, unit),
+        end_us: table.last_end(query, unit),
+        groups: Groups::Resident(table),
+        touched: clock,
+        stored_groups,
+    };
+    Ok(Merged { unit, window, sections, ready })
 }
 
 /// Runs every task on up to `workers` threads. The results come in no particular order.

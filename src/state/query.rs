@@ -12,10 +12,13 @@ use datafusion_physical_expr::PhysicalExpr;
 
 use super::Error;
 use super::aggregate::{Aggregates, Key, Planner, normalise_column};
-use crate::config::WindowConfig;
 use crate::config::expression::key_name;
+use crate::config::{OutputMode, WindowConfig};
 use crate::transform::{self, sql};
 use crate::window::Windowing;
+
+/// The column that tells the rows of one group apart in update mode: the batch that the row is of.
+pub const REVISION: &str = "revision";
 
 /// Windows of one kind with their filter, group keys and aggregates.
 pub struct WindowQuery {
@@ -29,6 +32,7 @@ pub struct WindowQuery {
     aggregates: Aggregates,
     state_schema: SchemaRef,
     output: SchemaRef,
+    output_mode: OutputMode,
     definition: String,
 }
 
@@ -78,6 +82,9 @@ impl WindowQuery {
                 Err(e) => errors.push(at(&format!("aggregates.{name} = {text:?}"), &e)),
             }
         }
+        if config.windowing.is_session() && config.group_by.is_empty() {
+            errors.push(at("group_by", "sessions are of a key each: name at least one column"));
+        }
         if config.aggregates.is_empty() {
             errors.push(at("aggregates", "needs at least one, such as events = \"count(*)\""));
         }
@@ -94,7 +101,10 @@ impl WindowQuery {
             Err(e) => return Err([errors, vec![at("group_by", &e.to_string())]].concat()),
         };
         let aggregates = planner.finish();
-        let state_fields: Vec<Field> = key_fields.iter().cloned().chain(aggregates.state_fields()).collect();
+        let bounds = ["start", "end"].map(|name| Field::new(name, DataType::Int64, false));
+        let bounds = bounds.into_iter().filter(|_| config.windowing.is_session());
+        let state_fields: Vec<Field> =
+            key_fields.iter().cloned().chain(bounds).chain(aggregates.state_fields()).collect();
         let keys: Vec<String> = keys.iter().map(|key| format!("{} as {}", key.sql, key.field.data_type())).collect();
         let filter_text = config.filter.as_ref().map(|filter| format!(" {filter:?}")).unwrap_or_default();
         let definition =
@@ -110,6 +120,7 @@ impl WindowQuery {
             aggregates,
             state_schema: Arc::new(Schema::new(state_fields)),
             output: Arc::new(Schema::new(output)),
+            output_mode: config.output_mode,
             definition,
         })
     }
@@ -117,6 +128,31 @@ impl WindowQuery {
     /// `window_start`, `window_end` (timestamptz in microseconds, not null), the keys, the aggregates.
     pub fn output_schema(&self) -> SchemaRef {
         self.output.clone()
+    }
+
+    /// What the table has: [`Self::output_schema`], and in update mode [`REVISION`].
+    pub fn table_schema(&self) -> SchemaRef {
+        if !self.updates() {
+            return self.output_schema();
+        }
+        let revision = Arc::new(Field::new(REVISION, DataType::Int64, false));
+        let fields: Vec<_> = self.output.fields().iter().cloned().chain([revision]).collect();
+        Arc::new(Schema::new(fields))
+    }
+
+    /// Its windows are sessions: of each key its own.
+    pub fn is_session(&self) -> bool {
+        self.windowing.is_session()
+    }
+
+    /// How many columns of the state come before those of the aggregates: the keys, and the bounds of sessions.
+    pub(super) fn state_keys(&self) -> usize {
+        self.key_schema.fields().len() + if self.is_session() { 2 } else { 0 }
+    }
+
+    /// Whether it hands out what every batch touches, and not what closes.
+    pub fn updates(&self) -> bool {
+        self.output_mode == OutputMode::Update
     }
 
     pub fn windowing(&self) -> &Windowing {

@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::closed::{Closing, Content, Stored, StoredWindow};
-use super::groups::GroupTable;
 use super::query::WindowQuery;
 use super::stored::{self, Extent, LiveFile, Reader, Span};
+use super::table::Table;
 use super::{Error, Groups, StateStore, Unit, Window, in_parallel, query_of};
 use crate::checkpoint::StateFile;
 use crate::failpoint;
@@ -42,18 +42,24 @@ impl StateStore {
         let files = reader.block_on(reader.open(&queries, files))?;
         let residence = Residence { reader, budget_bytes, share: (budget_bytes / 32).clamp(1 << 20, 32 << 20) };
         let extents = stored::extents(&files, evict_ms);
-        let window = |extent: &Extent| Window {
+        let is_session = |unit: &Unit| queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);
+        let window = |unit: &Unit, extent: &Extent| Window {
+            // When the first session ends, only reading them tells.
+            first_end_us: if is_session(unit) { i64::MIN } else { extent.end_us },
             end_us: extent.end_us,
             groups: Groups::Stored(Vec::new()),
             touched: extent.last_file as u64,
             stored_groups: extent.groups,
         };
         let mut store = StateStore {
-            open: extents.iter().map(|(unit, extent)| (*unit, window(extent))).collect(),
+            open: extents.iter().map(|(unit, extent)| (*unit, window(unit, extent))).collect(),
             clock: files.len() as u64,
             files: Arc::new(files),
             residence: None,
             queries,
+            ready: Vec::new(),
+            evicted: BTreeMap::new(),
+            closed_ms: evict_ms,
         };
         let mut wanted: Vec<(Unit, Extent)> = extents.into_iter().collect();
         wanted.sort_by_key(|(unit, e)| (std::cmp::Reverse(e.last_file), e.end_us, *unit));
@@ -99,13 +105,32 @@ impl StateStore {
             Ok(tables)
         })?;
         let mut held = 0;
-        for (unit, table) in loaded.into_iter().flatten() {
+        for (unit, mut table) in loaded.into_iter().flatten() {
+            let query = query_of(&self.queries, unit)?;
+            table.forget_closed(self.closed_ms).map_err(|e| query.error(&e))?;
             held += table.bytes() as u64;
             if let Some(window) = self.open.get_mut(&unit) {
+                window.first_end_us = table.first_end(query, unit);
                 window.groups = Groups::Resident(table);
             }
         }
         Ok(held)
+    }
+
+    /// Brings windows into memory that are in files only, whatever the budget: they may leave again after the batch.
+    pub(super) fn read_back(&mut self, units: Vec<Unit>, workers: usize) -> Result<(), Error> {
+        if units.is_empty() {
+            return Ok(());
+        }
+        let Some(residence) = self.residence.take() else { return Ok(()) };
+        let units = units.into_iter().map(|unit| (unit, self.stored_bytes(unit))).collect();
+        let loaded = self.load(&residence, units, workers);
+        self.residence = Some(residence);
+        loaded.map(|_| ())
+    }
+
+    fn stored_bytes(&self, unit: Unit) -> u64 {
+        self.files.iter().flat_map(|f| f.index.between(unit, unit)).map(|entry| entry.length).sum()
     }
 
     /// Lets windows leave memory until what stays is within the budget: those touched longest ago, and of these the ones
@@ -145,10 +170,7 @@ impl StateStore {
     /// Closed windows that are in files only: neighbours that are small are read together.
     pub(super) fn close_stored(&self, mut windows: BTreeMap<Unit, StoredWindow>) -> Vec<Closing> {
         let Some(residence) = self.residence.as_ref().filter(|_| !windows.is_empty()) else { return Vec::new() };
-        let bytes = |unit: Unit| -> u64 {
-            self.files.iter().flat_map(|f| f.index.between(unit, unit)).map(|entry| entry.length).sum()
-        };
-        let sizes: BTreeMap<Unit, u64> = windows.keys().map(|unit| (*unit, bytes(*unit))).collect();
+        let sizes: BTreeMap<Unit, u64> = windows.keys().map(|unit| (*unit, self.stored_bytes(*unit))).collect();
         // Of the shards of a large window, the first one stands for all.
         let spans = stored::spans(sizes.clone(), residence.share).into_iter().filter(|span| span.shard.prefix == 0);
         let content = |span: Span| {
@@ -170,14 +192,14 @@ fn read_tables(
     reader: &Reader,
     files: &[LiveFile],
     spans: &[Span],
-) -> Result<Vec<(Unit, GroupTable)>, Error> {
-    let mut tables: BTreeMap<Unit, GroupTable> = BTreeMap::new();
+) -> Result<Vec<(Unit, Table)>, Error> {
+    let mut tables: BTreeMap<Unit, Table> = BTreeMap::new();
     for span in spans {
         for (unit, pieces) in reader.fetch(queries, files, span)? {
             let query = query_of(queries, unit)?;
             let mut table = match tables.remove(&unit) {
                 Some(table) => table,
-                None => GroupTable::new(query).map_err(|e| query.error(&e))?,
+                None => Table::new(query).map_err(|e| query.error(&e))?,
             };
             stored::merge(query, &mut table, &pieces, span.shard)?;
             tables.insert(unit, table);
@@ -196,14 +218,25 @@ impl StateStore {
             let bytes = bytes::Bytes::copy_from_slice(&delta.bytes[range]);
             let pieces = vec![(0, super::file::Sections::new(query, "a delta", *entry, bytes)?)];
             let fresh = || Window {
+                first_end_us: entry.end_us,
                 end_us: entry.end_us,
-                groups: Groups::Resident(GroupTable::new(query).unwrap()),
+                groups: Groups::Resident(Table::new(query).unwrap()),
                 touched: 0,
                 stored_groups: 0,
             };
             let window = self.open.entry(entry.unit).or_insert_with(fresh);
             let Groups::Resident(table) = &mut window.groups else { panic!("it is in memory") };
             stored::merge(query, table, &pieces, entry.shard)?;
+            window.first_end_us = table.first_end(query, entry.unit);
+            window.end_us = table.last_end(query, entry.unit);
+        }
+        self.closed_ms = self.closed_ms.max(evict_ms);
+        for (unit, window) in &mut self.open {
+            let query = query_of(&self.queries, *unit)?;
+            if let Groups::Resident(table) = &mut window.groups {
+                table.forget_closed(evict_ms).unwrap();
+                window.first_end_us = table.first_end(query, *unit);
+            }
         }
         Ok(())
     }

@@ -3,8 +3,7 @@
 //! Invariant: a group's shard follows from its key alone and is the same in every file ever written. Shards nest: each bit
 //! more halves them, so sections of different fineness can lie side by side and a reader takes those that overlap.
 
-use arrow::array::{ArrayRef, UInt32Array};
-use arrow::compute::take;
+use arrow::array::ArrayRef;
 use datafusion_common::Result;
 
 use super::groups::Partial;
@@ -49,9 +48,25 @@ fn extra_bits(shard: Shard, total: u64, share: u64) -> u8 {
 
 /// Never to be changed: files tell what is in them by it. Sixteen bits, of which the first ones count.
 pub(super) fn hashes(query: &WindowQuery, keys: &[ArrayRef]) -> Result<Vec<u16>> {
+    // Behind the keys of a session are its bounds.
+    let keys = keys.get(..query.key_schema().fields().len()).unwrap_or_default();
     let rows = query.key_rows().convert_columns(keys)?;
     let hash = |row: &[u8]| (crc32fast::hash(row).wrapping_mul(0x9E37_79B1) >> 16) as u16;
     Ok(rows.iter().map(|row| hash(row.as_ref())).collect())
+}
+
+/// Sessions are kept by shares of their keys, each a unit. It takes the last bits of the hash: shards of a share take the first.
+const SHARES: u16 = 64;
+
+pub(super) fn by_share(query: &WindowQuery, partial: Partial) -> Result<Vec<(i64, Partial)>> {
+    let mut indices: Vec<Vec<u32>> = vec![Vec::new(); SHARES as usize];
+    for (group, hash) in hashes(query, &partial.keys)?.into_iter().enumerate() {
+        if let Some(share) = indices.get_mut((hash % SHARES) as usize) {
+            share.push(group as u32);
+        }
+    }
+    let shares = indices.into_iter().zip(0..).filter(|(groups, _)| !groups.is_empty());
+    shares.map(|(groups, share)| Ok((share, partial.gather(groups)?))).collect()
 }
 
 /// The groups that are in the shard, in their order.
@@ -61,11 +76,11 @@ pub(super) fn filter(query: &WindowQuery, partial: Partial, shard: Shard) -> Res
     }
     // Without keys there is one group, and it is in one shard only.
     if partial.keys.is_empty() {
-        return if shard.prefix == 0 { Ok(partial) } else { gather(&partial, Vec::new()) };
+        return if shard.prefix == 0 { Ok(partial) } else { partial.gather(Vec::new()) };
     }
     let hashes = hashes(query, &partial.keys)?;
     let indices = hashes.iter().enumerate().filter(|(_, hash)| shard.holds(**hash)).map(|(i, _)| i as u32);
-    gather(&partial, indices.collect())
+    partial.gather(indices.collect())
 }
 
 /// Splits a partial of the shard into finer ones of about `groups` each; one that is small enough stays as it is.
@@ -83,13 +98,7 @@ pub(super) fn split(query: &WindowQuery, partial: Partial, shard: Shard, groups:
         }
     }
     let pieces = indices.into_iter().zip(first..).filter(|(groups, _)| !groups.is_empty());
-    pieces.map(|(groups, prefix)| Ok((Shard { bits, prefix }, gather(&partial, groups)?))).collect()
-}
-
-fn gather(partial: &Partial, groups: Vec<u32>) -> Result<Partial> {
-    let groups = UInt32Array::from(groups);
-    let gather = |columns: &[ArrayRef]| columns.iter().map(|c| Ok(take(c, &groups, None)?)).collect::<Result<Vec<_>>>();
-    Ok(Partial { groups: groups.len(), keys: gather(&partial.keys)?, states: gather(&partial.states)? })
+    pieces.map(|(groups, prefix)| Ok((Shard { bits, prefix }, partial.gather(groups)?))).collect()
 }
 
 #[cfg(test)]

@@ -13,9 +13,10 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::runtime::Handle;
 
 use super::file::{self, Entry, Index, Sections};
-use super::groups::{GroupTable, Partial};
+use super::groups::Partial;
 use super::query::WindowQuery;
 use super::shard::{self, Shard};
+use super::table::Table;
 use super::{Error, Unit, closed, query_of};
 use crate::checkpoint::{Checkpoint, StateFile};
 
@@ -159,7 +160,8 @@ pub(super) fn extents(files: &[LiveFile], evict_ms: i64) -> BTreeMap<Unit, Exten
     let mut extents: BTreeMap<Unit, Extent> = BTreeMap::new();
     for (number, live) in files.iter().enumerate() {
         for entry in live.index.entries.iter().filter(|e| !closed(e.end_us, evict_ms)) {
-            let extent = extents.entry(entry.unit).or_default();
+            // A window may end before 1970.
+            let extent = extents.entry(entry.unit).or_insert(Extent { end_us: entry.end_us, ..Extent::default() });
             extent.end_us = extent.end_us.max(entry.end_us);
             extent.bytes += entry.length;
             extent.groups += entry.groups;
@@ -223,12 +225,12 @@ pub(super) fn spans(units: impl IntoIterator<Item = (Unit, u64)>, share: u64) ->
 }
 
 /// Merges what was read of a unit's shard.
-pub(super) fn merge(query: &WindowQuery, table: &mut GroupTable, pieces: &Pieces, shard: Shard) -> Result<(), Error> {
+pub(super) fn merge(query: &WindowQuery, table: &mut Table, pieces: &Pieces, shard: Shard) -> Result<(), Error> {
     for (_, sections) in pieces {
         let inside = shard.covers(sections.entry.shard);
         sections.decode(query, |partial| {
             let partial = if inside { partial } else { filter(query, partial, shard)? };
-            table.merge(query, &partial).map_err(|e| query.error(&e))
+            table.read(query, &partial).map_err(|e| query.error(&e))
         })?;
     }
     Ok(())

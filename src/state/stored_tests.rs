@@ -11,8 +11,10 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::tests::{ALL, MINUTE, batch, canonical, close, config, lane, queries, stream};
+use super::tests_sessions::sessions;
 use super::*;
 use crate::checkpoint::{Checkpoint, StateKind};
+use crate::config::OutputMode;
 use crate::storage::Location;
 
 /// A query's durable side: files, what the newest commit names, the watermark.
@@ -84,8 +86,13 @@ impl Disk {
     }
 }
 
-fn three_queries() -> Arc<[WindowQuery]> {
+fn all_kinds_of_queries() -> Arc<[WindowQuery]> {
+    let mut update = config(2 * MINUTE as u64, &["device"], &ALL);
+    update.output_mode = OutputMode::Update;
     queries(&[
+        update,
+        sessions(MINUTE / 2, &["device"], &ALL),
+        sessions(MINUTE / 20, &["device", "b"], &ALL[2..]),
         config(MINUTE as u64, &["device"], &ALL),
         config(4 * MINUTE as u64, &["b", "device"], &ALL[2..]),
         config(12 * MINUTE as u64, &[], &ALL[1..]),
@@ -112,7 +119,7 @@ proptest! {
         // 0: no; 1: taken over at once; 2: taken over one batch later.
         compactions in proptest::collection::vec(0u8..3, 9),
     ) {
-        let queries = three_queries();
+        let queries = all_kinds_of_queries();
         let mut memory = StateStore::new(queries.clone());
         let mut disk = Disk::new(queries.clone());
         let mut store = disk.recover(budgets[0]).unwrap();

@@ -11,7 +11,7 @@ use arrow::record_batch::RecordBatch;
 use arrow::row::{RowConverter, SortField};
 
 use super::{ClosedWindow, Delta, Error, Lane, StateStore, WindowQuery};
-use crate::config::{TableConfig, WindowConfig};
+use crate::config::{OutputMode, TableConfig, WindowConfig};
 use crate::window::Windowing;
 
 pub(super) const MINUTE: i64 = 60_000_000;
@@ -28,6 +28,7 @@ pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)
             provenance: false,
         },
         windowing: Windowing::new(Duration::from_micros(size_us), None, Duration::ZERO, None).unwrap(),
+        output_mode: OutputMode::Append,
         filter: None,
         late_table: None,
         group_by: group_by.iter().map(|s| s.to_string()).collect(),
@@ -340,7 +341,11 @@ fn many_windows_in_one_chunk() {
 
 #[test]
 fn the_result_does_not_depend_on_workers_or_chunks() {
-    let queries = queries(&[config(MINUTE as u64, &["device"], &ALL), config(3 * MINUTE as u64, &[], &ALL)]);
+    let mut sliding = config(3 * MINUTE as u64, &["b"], &ALL);
+    let micros = |us: i64| Duration::from_micros(us as u64);
+    sliding.windowing = Windowing::new(micros(3 * MINUTE), Some(micros(MINUTE)), micros(7), None).unwrap();
+    let configs = [config(MINUTE as u64, &["device"], &ALL), config(3 * MINUTE as u64, &[], &ALL), sliding];
+    let queries = queries(&configs);
     let lanes = |chunk: usize| -> Vec<Lane> {
         (0..5)
             .map(|p| {

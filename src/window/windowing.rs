@@ -24,6 +24,8 @@ pub struct Windowing {
     offset_us: i64,
     /// None: UTC. Sizes are then whole days.
     zone: Option<TimeZone>,
+    /// Of sessions it says what a row alone would make: one that begins with the row and ends a gap, the size, later.
+    session: bool,
 }
 
 /// The windows that hold a time, and the times around it that are in the very same windows.
@@ -90,9 +92,27 @@ impl Windowing {
                 }
             }
         }
-        if errors.is_empty() { Ok(Windowing { size_us, slide_us, offset_us, zone }) } else { Err(errors) }
+        if errors.is_empty() {
+            Ok(Windowing { size_us, slide_us, offset_us, zone, session: false })
+        } else {
+            Err(errors)
+        }
     }
 
+    /// Sessions, which end when their key has had no row for `gap`.
+    pub fn session(gap: Duration) -> Result<Windowing, String> {
+        let gap_us = i64::try_from(gap.as_micros()).unwrap_or(i64::MAX);
+        match gap_us {
+            0 => Err("found 0, allowed is a duration above 0".to_string()),
+            _ => Ok(Windowing { size_us: gap_us, slide_us: gap_us, offset_us: 0, zone: None, session: true }),
+        }
+    }
+
+    pub fn is_session(&self) -> bool {
+        self.session
+    }
+
+    /// The length of the windows, or the gap of sessions.
     pub fn size(&self) -> Duration {
         Duration::from_micros(self.size_us.unsigned_abs())
     }
@@ -100,6 +120,7 @@ impl Windowing {
     /// The latest window that holds a time. One that would begin before the smallest `i64` begins there instead.
     pub fn start(&self, time_us: i64) -> i64 {
         match &self.zone {
+            None if self.session => time_us,
             None => time_us.saturating_sub(self.past_line(time_us)),
             Some(zone) => self.midnight(zone, self.line_day(zone, time_us)),
         }
@@ -109,6 +130,7 @@ impl Windowing {
     /// beyond the largest `i64` lies there.
     pub fn end(&self, start_us: i64) -> i64 {
         match &self.zone {
+            None if self.session => start_us.saturating_add(self.size_us),
             // Past a line is only the window that is cut short at the lower end of the range.
             None => start_us.saturating_add(self.size_us - self.past_line(start_us)),
             Some(zone) => {
@@ -120,6 +142,10 @@ impl Windowing {
 
     /// All windows that hold a time: one, or `size / slide` of them, rounded up, as far as they begin within the range.
     pub fn covering(&self, time_us: i64) -> Covering {
+        if self.session {
+            let until_us = time_us.saturating_add(1);
+            return Covering { starts: vec![time_us], from_us: time_us, until_us };
+        }
         let mut start_us = self.start(time_us);
         let mut covering = Covering { starts: vec![start_us], from_us: start_us, until_us: self.next(start_us) };
         while let Some(before_us) = self.previous(start_us) {
@@ -211,6 +237,9 @@ fn midnight(zone: &TimeZone, day: i64, of_day_us: i64) -> i64 {
 /// Two are the same exactly when they read the same.
 impl fmt::Display for Windowing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.session {
+            return write!(f, "session {}", self.size_us);
+        }
         write!(f, "{}", self.size_us)?;
         if self.slide_us != self.size_us {
             write!(f, " slide {}", self.slide_us)?;

@@ -2,7 +2,8 @@ use std::collections::BTreeMap;
 
 use crate::support::broker::{Broker, Rec};
 use crate::support::check::{
-    DELAY_MS, everything, offsets_in_tables, records, rows_are_true, until_in_tables, windows, windows_are,
+    DELAY_MS, everything, latest_windows, offsets_in_tables, records, rows_are_true, same_windows, until_in_tables,
+    windows, windows_are,
 };
 use crate::support::floe::Pipeline;
 use crate::support::reader::Tables;
@@ -370,4 +371,101 @@ fn a_filter_is_about_its_windows_alone() {
     assert_eq!(found, expected);
     windows_are(&tables, &truth.closed(DELAY_MS));
     rows_are_true(&tables, &truth);
+}
+
+/// Early results: the newest revision of every group is what all rows so far come to, for windows that are open as for those
+/// that are closed, whatever was killed and whether or not windows fit into memory.
+#[test]
+fn in_update_mode_the_newest_revisions_are_the_truth_so_far() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    for budget in ["1 GiB", "0 B"] {
+        let topic = &format!("update-{}", budget.len());
+        let telemetry =
+            Telemetry { messages: 3_000, devices: 7, disorder_ms: DELAY_MS - 1, partitions: 3, ..Telemetry::default() };
+        broker.create_topic(topic, telemetry.partitions, &[]);
+        let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+        pipeline.set_window("output_mode", "update").set("state.memory_budget", budget);
+        pipeline.set("source.max_offsets_per_trigger", 400);
+        let mut truth = Truth::default();
+        let tables = pipeline.tables();
+        let points = ["commit_log.before_put:kill:2", "execute.files_written:kill:2", "commit_log.after_put:kill:2"];
+        for (slice, point) in (0..).zip(points) {
+            let range = slice * 1_000..(slice + 1) * 1_000;
+            broker.produce_records(topic, records(&telemetry, range.clone()));
+            range.for_each(|index| truth.add(&telemetry.reading(index)));
+            pipeline.run_failing(point).expect_killed();
+            pipeline.run();
+            same_windows(&latest_windows(&tables), &truth.windows);
+        }
+        // Each batch has written a group once at most.
+        let sql = "select count(*) from (select 1 from {telemetry.device_minutes} group by window_start, device_id, \
+                   revision having count(*) > 1)";
+        assert_eq!(tables.query::<(i64,)>(sql), [(0,)]);
+        let revisions: Vec<(i64, i64)> =
+            tables.query("select count(*), count(distinct revision) from {telemetry.device_minutes}");
+        assert!(revisions[0].0 > truth.windows.len() as i64 && revisions[0].1 >= 8, "{revisions:?}");
+    }
+}
+
+/// Sessions by definition: start and end in milliseconds, device, rows, sum of durations.
+fn naive_sessions(telemetry: &Telemetry, gap_ms: i64, watermark_ms: i64) -> Vec<(i64, i64, String, i64, i64)> {
+    let mut readings: Vec<(String, i64, i64)> = (0..telemetry.messages)
+        .map(|i| telemetry.reading(i))
+        .filter(|r| r.invalid.is_none())
+        .map(|r| (r.device_id(), r.event_ms, r.duration_ms))
+        .collect();
+    readings.sort();
+    let mut sessions: Vec<(i64, i64, String, i64, i64)> = Vec::new();
+    for (device, at_ms, duration_ms) in readings {
+        match sessions.last_mut().filter(|s| s.2 == device && at_ms <= s.1) {
+            Some(session) => {
+                (session.1, session.3, session.4) = (at_ms + gap_ms, session.3 + 1, session.4 + duration_ms);
+            }
+            None => sessions.push((at_ms, at_ms + gap_ms, device, 1, duration_ms)),
+        }
+    }
+    sessions.retain(|s| s.1 <= watermark_ms);
+    sessions.sort();
+    sessions
+}
+
+/// Sessions in many batches with disorder, killed on the way, in memory and in files only: as if read at once.
+#[test]
+fn sessions_are_the_same_however_often_the_process_dies() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    for budget in ["1 GiB", "0 B"] {
+        let topic = &format!("sessions-{}", budget.len());
+        let telemetry = Telemetry {
+            messages: 3_000,
+            devices: 40,
+            disorder_ms: DELAY_MS - 1,
+            partitions: 3,
+            ..Telemetry::default()
+        };
+        broker.create_topic(topic, telemetry.partitions, &[]);
+        let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+        let span_ms = (0..telemetry.messages).map(|i| telemetry.reading(i).event_ms).max().unwrap() - START_MS;
+        let gap_ms = (span_ms * telemetry.devices as i64 / telemetry.messages as i64).max(1);
+        let text = format!(
+            "table = \"telemetry.sessions\"\nsession_gap = \"{gap_ms} ms\"\ngroup_by = [\"device_id\"]\n\
+             [aggregates]\nevents = \"count(*)\"\nduration_sum = \"sum(duration_ms)\""
+        );
+        pipeline.add_window(&text).set("source.max_offsets_per_trigger", 200).set("state.memory_budget", budget);
+        let points = ["commit_log.before_put:kill:2", "execute.files_written:kill:3", "commit_log.after_put:kill:2"];
+        for (slice, point) in (0..).zip(points) {
+            broker.produce_records(topic, records(&telemetry, slice * 1_000..(slice + 1) * 1_000));
+            pipeline.run_failing(point).expect_killed();
+            pipeline.run();
+        }
+        let found: Vec<(i64, i64, String, i64, i64)> = pipeline.tables().query(
+            "select epoch_ms(window_start), epoch_ms(window_end), device_id, events, duration_sum \
+             from {telemetry.sessions} order by all",
+        );
+        let expected = naive_sessions(&telemetry, gap_ms, telemetry.truth().max_event_ms - DELAY_MS);
+        assert!(expected.len() > 100 && expected.iter().any(|s| s.3 > 2), "{} sessions", expected.len());
+        assert_eq!(found, expected);
+        everything(&pipeline, broker, &telemetry);
+    }
 }

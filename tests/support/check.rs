@@ -117,11 +117,20 @@ pub fn dead_by_reason(tables: &Tables) -> BTreeMap<String, u64> {
 
 /// Windows by start in milliseconds and device, as they are in the table; panics on a window that is there twice.
 pub fn windows(tables: &Tables) -> BTreeMap<(i64, u64), Window> {
+    windows_of(tables, "")
+}
+
+/// As [`windows`], of a table in update mode: the newest revision of every group.
+pub fn latest_windows(tables: &Tables) -> BTreeMap<(i64, u64), Window> {
+    windows_of(tables, "qualify row_number() over (partition by window_start, device_id order by revision desc) = 1")
+}
+
+fn windows_of(tables: &Tables, which: &str) -> BTreeMap<(i64, u64), Window> {
     type Row = (i64, i64, String, i64, f64, f64, f64, f64, i64);
-    let rows: Vec<Row> = tables.query(
+    let rows: Vec<Row> = tables.query(&format!(
         "select epoch_ms(window_start), epoch_ms(window_end), device_id, events, battery_sum, battery_avg, \
-         battery_min, battery_max, duration_sum from {telemetry.device_minutes}",
-    );
+         battery_min, battery_max, duration_sum from {{telemetry.device_minutes}} {which}"
+    ));
     let mut windows = BTreeMap::new();
     for (start, end, device, events, sum, avg, min, max, duration_sum) in rows {
         assert_eq!(end - start, 60_000, "window of {device}");
@@ -142,8 +151,11 @@ pub fn windows(tables: &Tables) -> BTreeMap<(i64, u64), Window> {
 
 /// The window table holds exactly these windows.
 pub fn windows_are(tables: &Tables, expected: &BTreeMap<(i64, u64), Window>) {
-    let found = windows(tables);
-    if found == *expected {
+    same_windows(&windows(tables), expected);
+}
+
+pub fn same_windows(found: &BTreeMap<(i64, u64), Window>, expected: &BTreeMap<(i64, u64), Window>) {
+    if found == expected {
         return;
     }
     let missing: Vec<_> = expected.iter().filter(|(k, _)| !found.contains_key(k)).collect();
