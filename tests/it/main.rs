@@ -40,6 +40,8 @@ mod ownership;
 mod quality;
 /// Killed at random moments.
 mod random_kills;
+/// Other people's readers agree, at every stage of a table's life, and their filters lose nothing.
+mod readers;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
 /// What is read back from Iceberg equals the documents, to the last digit and microsecond.

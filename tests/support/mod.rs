@@ -3,6 +3,7 @@
 
 pub mod broker;
 pub mod check;
+pub mod commits;
 pub mod floe;
 pub mod reader;
 pub mod telemetry;
