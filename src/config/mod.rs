@@ -8,7 +8,7 @@
 mod build;
 mod document;
 mod error;
-mod expression;
+pub mod expression;
 mod fingerprint;
 mod pipeline;
 mod read;

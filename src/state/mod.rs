@@ -8,6 +8,7 @@
 //! delta, and merging them is how the store advances. So recovery is the same merge, from files, in the same order, and
 //! gives the same bits. Floats depend on that order: lanes are merged in the order given, never as they come in.
 
+mod aggregate;
 mod file;
 mod groups;
 mod lane;
@@ -17,11 +18,13 @@ mod query;
 mod spark_vectors;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_aggregates;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use arrow::array::{ArrayRef, AsArray, TimestampMicrosecondArray};
+use arrow::array::{ArrayRef, TimestampMicrosecondArray};
 use arrow::record_batch::RecordBatch;
 
 use crate::error::Kind;
@@ -297,41 +300,25 @@ impl ClosedWindow {
         self.table.groups()
     }
 
-    /// The rows of the window, in batches of at most 64 Ki, and the number of groups in which the sum of integers did not
-    /// fit into 64 bits: these sums are null.
+    /// The rows of the window, in batches of at most 64 Ki, and how many of their values are null because they could not be
+    /// computed: a sum that does not fit its type, an expression over aggregates that fails.
     pub fn evaluate(self) -> Result<(Vec<RecordBatch>, u64), Error> {
         let end_us = self.end_us();
         let query = self.queries.get(self.query).ok_or(Error::Panicked)?;
         let rows = self.table.groups();
-        let (values, overflowed) = self.table.evaluate(query).map_err(|e| query.error(&e))?;
+        let finished = self.table.evaluate(query).map_err(|e| query.error(&e))?;
         let mut batches = Vec::with_capacity(rows.div_ceil(OUTPUT_ROWS));
         for offset in (0..rows).step_by(OUTPUT_ROWS) {
             let len = OUTPUT_ROWS.min(rows - offset);
-            let mut columns: Vec<ArrayRef> = Vec::with_capacity(values.len() + 2);
+            let mut columns: Vec<ArrayRef> = Vec::with_capacity(finished.columns.len() + 2);
             for bound in [self.start_us, end_us] {
                 let array = TimestampMicrosecondArray::from_value(bound, len);
                 columns.push(Arc::new(array.with_timezone_opt(query.time_zone())));
             }
-            columns.extend(values.iter().map(|v| v.slice(offset, len)));
+            columns.extend(finished.columns.iter().map(|v| v.slice(offset, len)));
             let batch = sql::batch_of(query.output_schema(), columns, len).map_err(|e| query.error(&e.into()))?;
             batches.push(batch);
         }
-        Ok((batches, overflowed))
+        Ok((batches, finished.failed))
     }
-}
-
-/// A decimal(38, 0) column of sums as int64; null and counted where it does not fit.
-fn narrow_sums(sums: &ArrayRef, overflowed: &mut [bool]) -> ArrayRef {
-    let sums = sums.as_primitive::<arrow::datatypes::Decimal128Type>();
-    let narrow = sums.iter().enumerate().map(|(group, sum)| {
-        let sum = sum?;
-        let narrow = i64::try_from(sum).ok();
-        if narrow.is_none()
-            && let Some(flag) = overflowed.get_mut(group)
-        {
-            *flag = true;
-        }
-        narrow
-    });
-    Arc::new(narrow.collect::<arrow::array::Int64Array>())
 }

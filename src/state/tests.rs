@@ -13,8 +13,8 @@ use super::{Delta, Error, Lane, StateStore, WindowQuery, compact};
 use crate::config::{TableConfig, WindowConfig};
 use crate::window::Windowing;
 
-const MINUTE: i64 = 60_000_000;
-const NEVER: i64 = i64::MIN / 1000;
+pub(super) const MINUTE: i64 = 60_000_000;
+pub(super) const NEVER: i64 = i64::MIN / 1000;
 
 pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)]) -> WindowConfig {
     WindowConfig {
@@ -34,7 +34,7 @@ pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)
     }
 }
 
-fn schema() -> SchemaRef {
+pub(super) fn schema() -> SchemaRef {
     Arc::new(Schema::new(vec![
         Field::new("t", DataType::Timestamp(TimeUnit::Microsecond, Some("+00:00".into())), true),
         Field::new("device", DataType::Utf8, true),
@@ -46,7 +46,7 @@ fn schema() -> SchemaRef {
 
 type Row<'a> = (Option<i64>, Option<&'a str>, Option<f64>, Option<i64>);
 
-fn batch(rows: &[Row]) -> RecordBatch {
+pub(super) fn batch(rows: &[Row]) -> RecordBatch {
     let t = TimestampMicrosecondArray::from_iter(rows.iter().map(|r| r.0)).with_timezone("+00:00");
     let columns: Vec<ArrayRef> = vec![
         Arc::new(t),
@@ -58,7 +58,7 @@ fn batch(rows: &[Row]) -> RecordBatch {
     RecordBatch::try_new(schema(), columns).unwrap()
 }
 
-fn queries(configs: &[WindowConfig]) -> Arc<[WindowQuery]> {
+pub(super) fn queries(configs: &[WindowConfig]) -> Arc<[WindowQuery]> {
     configs.iter().map(|c| WindowQuery::compile(c, &schema(), "t").unwrap()).collect()
 }
 
@@ -74,7 +74,7 @@ const ALL: [(&str, &str); 9] = [
     ("max_d", "max(device)"),
 ];
 
-fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
+pub(super) fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
     let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, late_ms);
     for batch in batches {
         lane.update(batch).unwrap();
@@ -82,7 +82,7 @@ fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> 
     lane
 }
 
-fn close_all(store: &mut StateStore) -> (Vec<RecordBatch>, u64) {
+pub(super) fn close_all(store: &mut StateStore) -> (Vec<RecordBatch>, u64) {
     let mut batches = Vec::new();
     let mut overflowed = 0;
     for window in store.close(i64::MAX / 1000 + 1) {
@@ -350,7 +350,7 @@ fn the_result_does_not_depend_on_workers_or_chunks() {
 }
 
 /// Batches as bytes, so that NaN and the sign of zero count.
-fn bits(batches: &[RecordBatch]) -> Vec<u8> {
+pub(super) fn bits(batches: &[RecordBatch]) -> Vec<u8> {
     let mut writer = Vec::new();
     for batch in batches {
         let mut stream = arrow::ipc::writer::StreamWriter::try_new(&mut writer, &batch.schema()).unwrap();
@@ -475,16 +475,16 @@ fn large_windows_come_in_several_batches() {
 fn other_aggregates_are_refused_with_the_choices() {
     let mistakes = [
         ("a", "median(x)"),
-        ("b", "sum(x) / 2"),
+        ("b", "x + sum(x)"),
         ("c", "x"),
-        ("d", "count(distinct x)"),
+        ("d", "array_agg(x)"),
         ("e", "sum(device)"),
         ("f", "sum(nothing)"),
-        ("g", "sum(x) filter (where x > 1)"),
+        ("g", "sum(x) filter (where x)"),
         ("window_start", "count(*)"),
         ("h", "sum(x"),
         ("i", "sum(x) over ()"),
-        ("j", "sum(cast(x as decimal(10, 2)))"),
+        ("j", "row_number() over (order by t)"),
         ("device", "count(*)"),
         ("k", "sum(sum(x))"),
         ("l", "max(now())"),
@@ -492,8 +492,7 @@ fn other_aggregates_are_refused_with_the_choices() {
     let errors = WindowQuery::compile(&config(1, &["device", "place"], &mistakes), &schema(), "when").err().unwrap();
     println!("{errors:#?}");
     assert_eq!(errors.len(), 16, "{errors:#?}");
-    assert!(errors.iter().any(|e| e.contains("count(...), sum(...), avg(...), min(...), max(...)")));
-    assert!(errors.iter().any(|e| e.contains("place") && e.contains("columns: t, device, x, n, b")));
+    assert!(errors.iter().any(|e| e.contains("place") && e.contains("there are t, device, x, n, b")));
     let fine = [("a", "min(b)"), ("b", "max(t)"), ("c", "avg(n + 1)"), ("d", "sum(CASE WHEN b THEN 1 ELSE 0 END)")];
     let query = WindowQuery::compile(&config(1, &[], &fine), &schema(), "t").unwrap();
     let types: Vec<String> = query.output_schema().fields().iter().map(|f| f.data_type().to_string()).collect();
