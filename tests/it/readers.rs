@@ -190,6 +190,9 @@ fn growing(range: std::ops::Range<i64>, wide: bool) -> RecordBatch {
     batch(&rows, wide)
 }
 
+/// Of the type [`structure`].
+type Record = (Option<i64>, Option<String>, Option<(Option<f64>, Option<i64>)>);
+
 #[derive(Clone)]
 struct Row {
     id: i64,
@@ -206,7 +209,7 @@ struct Row {
     decimals: [Option<i128>; 3],
     bytes: Option<Vec<u8>>,
     /// None: the record is null.
-    record: Option<(Option<i64>, Option<String>, Option<(Option<f64>, Option<i64>)>)>,
+    record: Option<Record>,
     list: Option<Vec<Option<i64>>>,
     map: Option<Vec<(String, Option<i64>)>>,
     added: Option<String>,
@@ -279,9 +282,7 @@ impl Row {
     }
 }
 
-fn structs<'a>(
-    records: impl Iterator<Item = Option<&'a (Option<i64>, Option<String>, Option<(Option<f64>, Option<i64>)>)>>,
-) -> StructArray {
+fn structs<'a>(records: impl Iterator<Item = Option<&'a Record>>) -> StructArray {
     let (mut n, mut s, mut x, mut at) =
         (Int64Builder::new(), StringBuilder::new(), Float64Builder::new(), TimestampMicrosecondBuilder::new());
     let (mut valid, mut inner_valid) = (Vec::new(), Vec::new());
