@@ -34,6 +34,8 @@ mod harness;
 mod invalid_data;
 /// Snapshots expire, small files are compacted, orphans go; whatever is killed meanwhile, and whoever else writes.
 mod maintenance;
+/// Other engines append, delete, expire and branch meanwhile, and keep what they have done.
+mod neighbours;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.
@@ -44,6 +46,8 @@ mod quality;
 mod random_kills;
 /// Other people's readers agree, at every stage of a table's life, and their filters lose nothing.
 mod readers;
+/// A lost checkpoint is rebuilt from the tables, and the pipeline goes on exactly once.
+mod recover;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
 /// What is read back from Iceberg equals the documents, to the last digit and microsecond.
