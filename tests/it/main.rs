@@ -44,6 +44,8 @@ mod ownership;
 mod quality;
 /// Killed at random moments.
 mod random_kills;
+/// Other people's readers agree, at every stage of a table's life, and their filters lose nothing.
+mod readers;
 /// A lost checkpoint is rebuilt from the tables, and the pipeline goes on exactly once.
 mod recover;
 /// Records framed with a schema id, by a registry that may be away.

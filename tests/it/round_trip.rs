@@ -282,6 +282,7 @@ fn documents_are_read_back_as_they_were() {
         let rows: Vec<Vec<Option<String>>> =
             tables.query(&format!("select {} from {{trip.rows}} order by _kafka_offset", columns.join(", ")));
         assert_eq!(rows.len(), expected.len());
+        assert_eq!(tables.agree("trip.rows", "_kafka_offset", None, None), expected.len() as u64);
         for (offset, (found, expected)) in rows.into_iter().zip(expected).enumerate() {
             for (i, (found, expected)) in found.into_iter().zip(expected).enumerate() {
                 let found = found.map(|text| kinds[i].read(text));

@@ -9,15 +9,11 @@ use floe::config::CatalogConfig;
 use floe::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableSpec};
 use uuid::Uuid;
 
+use crate::support::commits::{COMMITS_A_ROUND, Commits, ROWS, TABLES, median};
 use crate::support::reader::Tables;
 use crate::support::turn;
 
 const COMMITS: u64 = 300;
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
-}
 
 /// Three hundred commits of one row each: few manifests, few metadata files, every row there, and the last commits do not
 /// take much longer than the early ones.
@@ -72,10 +68,37 @@ fn many_small_commits() {
     let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     assert!(names.filter(|name| name.ends_with(".metadata.json")).count() <= 21);
 
-    let (early, late) = (median(times[35..65].to_vec()), median(times[270..].to_vec()));
+    let (early, late) = (median(&times[35..65]), median(&times[270..]));
     let slowest = times.iter().max().unwrap();
     println!("commit: median {early:?} at 50, {late:?} at 300; slowest {slowest:?}");
     // The metadata still lists every snapshot; without optimization, writing that is most of a commit.
     let growth = if cfg!(debug_assertions) { 4.0 } else { 1.5 };
     assert!(late < early.mul_f64(growth) + Duration::from_millis(5), "{early:?} at 50, {late:?} at 300");
+}
+
+/// Four hundred batches of three tables with maintenance as in a service (`bench/commits.rs` makes thousands): commits, the
+/// metadata on disk and the files that a scan has to read stay as they were.
+#[test]
+fn commits_of_three_tables_with_maintenance() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let commits = Commits::new(dir.path());
+    let mut times = Vec::new();
+    for batch in 0..400 {
+        times.push(commits.commit(batch));
+        if batch % COMMITS_A_ROUND == COMMITS_A_ROUND - 1 {
+            commits.maintain();
+        }
+    }
+    let (early, late) = (median(&times[100..200]), median(&times[300..]));
+    println!("commit: median {early:?} of 100..200, {late:?} of 300..400");
+    // Other tests run beside this one.
+    assert!(late < early.mul_f64(1.5) + Duration::from_millis(10), "{early:?} of 100..200, {late:?} of 300..400");
+    assert!(commits.metadata_bytes() < 20_000_000, "{} bytes of metadata", commits.metadata_bytes());
+    let tables = commits.tables();
+    for table in TABLES {
+        let (time, files) = tables.plan(table);
+        assert!(files < 150, "{table}: {files} files, planned in {time:?}");
+        assert_eq!(tables.table(table).rows, Some(400 * ROWS as u64), "{table}");
+    }
 }

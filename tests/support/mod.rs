@@ -4,6 +4,7 @@
 pub mod broker;
 pub mod catalogs;
 pub mod check;
+pub mod commits;
 pub mod floe;
 pub mod proxy;
 pub mod reader;

@@ -6,7 +6,9 @@ One JSON request a line on stdin, one JSON answer a line on stdout. Stateless: e
 import importlib.util
 import json
 import re
+import statistics
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -15,7 +17,10 @@ import pyarrow as pa
 from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import CommitFailedException, ValidationException
+from pyiceberg.manifest import clear_manifest_cache
 from pyiceberg.types import StringType
+
+import agree
 
 CATALOG = "floe"
 
@@ -142,6 +147,26 @@ def rows_at(request):
     return loaded.scan(snapshot_id=request["snapshot"]).to_arrow().num_rows
 
 
+def loaded(request):
+    opened = catalog(request)
+    found = opened.load_table(request["table"])
+    opened.engine.dispose()
+    return found
+
+
+def plan(request):
+    opened = catalog(request)
+    times = []
+    for _ in range(7):
+        # From the catalog on, as a new process plans.
+        clear_manifest_cache()
+        started = time.perf_counter()
+        files = sum(1 for _ in opened.load_table(request["table"]).scan().plan_files())
+        times.append(time.perf_counter() - started)
+    opened.engine.dispose()
+    return [statistics.median(times), files]
+
+
 def needed_files(request):
     """Every file that some snapshot of the table, or its log, names."""
     opened = catalog(request)
@@ -215,6 +240,14 @@ def answer(connection, request):
             return data_files(request)
         case "rows_at":
             return rows_at(request)
+        case "plan":
+            return plan(request)
+        case "agree":
+            return agree.agree(connection, loaded(request), request)
+        case "filters":
+            return agree.filters(connection, loaded(request), request)
+        case "statistics":
+            return agree.statistics(loaded(request))
         case "needed_files":
             return needed_files(request)
         case "delete":

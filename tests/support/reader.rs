@@ -1,5 +1,6 @@
 //! Other people's readers: a pool of `reader.py` processes in a virtual environment that is made once.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
+use arrow::array::RecordBatch;
+use arrow::ipc::writer::StreamWriter;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -204,6 +207,47 @@ impl Tables {
     /// Time travel, by PyIceberg.
     pub fn rows_at(&self, table: &str, snapshot: i64) -> u64 {
         self.of_table("rows_at", table, json!({"snapshot": snapshot}))
+    }
+
+    /// How many rows PyIceberg, DuckDB and Polars find: the same, to the last bit, and those of `truth` if it is given. `key`
+    /// is a column that tells rows apart.
+    pub fn agree(&self, table: &str, key: &str, truth: Option<&[RecordBatch]>, snapshot: Option<i64>) -> u64 {
+        let file = truth.map(|truth| self.truth(truth));
+        let mut request = json!({"key": key});
+        if let Some(file) = &file {
+            request["truth"] = json!(file.path());
+        }
+        if let Some(snapshot) = snapshot {
+            request["snapshot"] = json!(snapshot);
+        }
+        self.of_table("agree", table, request)
+    }
+
+    /// Filters on every column by some of its values: DuckDB and PyIceberg have to find all rows of the truth. By column: the
+    /// fewest of all the files that PyIceberg reads for a value.
+    pub fn filters(&self, table: &str, key: &str, truth: &[RecordBatch], values: u32) -> BTreeMap<String, u64> {
+        let file = self.truth(truth);
+        let files = self.data_files(table).len();
+        self.of_table("filters", table, json!({"key": key, "truth": file.path(), "values": values, "files": files}))
+    }
+
+    /// Counts and bounds of each data file's columns.
+    pub fn statistics(&self, table: &str) -> Vec<BTreeMap<String, Value>> {
+        self.of_table("statistics", table, json!({}))
+    }
+
+    fn truth(&self, batches: &[RecordBatch]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().expect("a file for the truth");
+        let mut stream = StreamWriter::try_new(file.as_file(), &batches[0].schema()).expect("the truth");
+        batches.iter().for_each(|batch| stream.write(batch).expect("the truth"));
+        stream.finish().expect("the truth");
+        file
+    }
+
+    /// How long PyIceberg takes to plan a scan of the whole table, as the median of some, and how many files it finds.
+    pub fn plan(&self, table: &str) -> (Duration, u64) {
+        let (seconds, files): (f64, u64) = self.of_table("plan", table, json!({}));
+        (Duration::from_secs_f64(seconds), files)
     }
 
     /// Every file that PyIceberg finds by way of the table's metadata.

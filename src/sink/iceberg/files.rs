@@ -23,14 +23,14 @@ use iceberg::transform::{BoxedTransformFunction, create_transform_function};
 use iceberg::writer::CurrentFileStatus;
 use iceberg::writer::file_writer::{FileWriter, FileWriterBuilder, ParquetWriter, ParquetWriterBuilder};
 use parquet::basic::{Compression, Encoding, ZstdLevel};
-use parquet::file::properties::{WriterProperties, WriterPropertiesBuilder};
+use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterPropertiesBuilder};
 use parquet::schema::types::ColumnPath;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use super::catalog::{TableName, iceberg_error};
-use super::layout;
 use super::order::SortOrder;
+use super::{bounds, layout};
 use crate::batch::BatchId;
 use crate::sink::Error;
 
@@ -105,12 +105,16 @@ pub struct TableWriter {
     sorted: bool,
     started: usize,
     writes: u64,
+    /// Columns in which there has been a NaN: files begun since then have no statistics of them.
+    with_nan: Vec<ColumnPath>,
     done: Vec<DataFile>,
 }
 
 struct OpenFile {
     writer: ParquetWriter,
     last_write: u64,
+    /// How many columns with NaN were known when it was begun.
+    with_nan: usize,
 }
 
 impl TableWriter {
@@ -126,6 +130,7 @@ impl TableWriter {
             sorted: false,
             started: 0,
             writes: 0,
+            with_nan: Vec::new(),
             done: Vec::new(),
         }
     }
@@ -204,10 +209,22 @@ impl TableWriter {
 
     fn append(&mut self, partition: Struct, rows: &RecordBatch) -> Result<(), Error> {
         self.writes += 1;
+        let with_nan = bounds::with_nan(rows);
+        if let Some(file) = self.open.get(&partition)
+            && with_nan.iter().any(|column| !self.with_nan[..file.with_nan].contains(column))
+            && let Some(file) = self.open.remove(&partition)
+        {
+            self.close(partition.clone(), file)?;
+        }
+        for column in with_nan {
+            if !self.with_nan.contains(&column) {
+                self.with_nan.push(column);
+            }
+        }
         if !self.open.contains_key(&partition) {
             self.make_room()?;
             let writer = self.start(&partition)?;
-            self.open.insert(partition.clone(), OpenFile { writer, last_write: 0 });
+            self.open.insert(partition.clone(), OpenFile { writer, last_write: 0, with_nan: self.with_nan.len() });
         }
         let Some(file) = self.open.get_mut(&partition) else { return Ok(()) };
         file.last_write = self.writes;
@@ -239,7 +256,14 @@ impl TableWriter {
         let location = format!("{}/{folder}{}-{}.parquet", self.layout.data_location, self.name_stem, self.started);
         self.started += 1;
         let output = self.layout.file_io.new_output(location).map_err(|e| self.failed("write a data file", e))?;
-        let builder = ParquetWriterBuilder::new(self.layout.properties.clone(), self.layout.schema.clone());
+        let mut properties = self.layout.properties.clone();
+        if !self.with_nan.is_empty() {
+            let without = |builder: WriterPropertiesBuilder, column: &ColumnPath| {
+                builder.set_column_statistics_enabled(column.clone(), EnabledStatistics::None)
+            };
+            properties = self.with_nan.iter().fold(properties.into_builder(), without).build();
+        }
+        let builder = ParquetWriterBuilder::new(properties, self.layout.schema.clone());
         self.runtime.block_on(builder.build(output)).map_err(|e| self.failed("write a data file", e))
     }
 
@@ -254,7 +278,7 @@ impl TableWriter {
             if let Some(order) = &self.layout.order {
                 file.sort_order_id(order.id());
             }
-            self.done.push(file.build().map_err(|e| self.invalid(e))?);
+            self.done.push(bounds::build(&mut file).map_err(|e| self.invalid(e))?);
         }
         Ok(())
     }
@@ -462,6 +486,8 @@ pub fn writer_properties(
         .set_created_by(concat!("floe version ", env!("CARGO_PKG_VERSION")).to_string())
         .set_compression(compression(table, properties))
         .set_dictionary_enabled(false)
+        // Whole: see `bounds`. Indexes of pages are cut all the same.
+        .set_statistics_truncate_length(None)
         .set_max_row_group_bytes(Some(bytes("row-group-size-bytes").unwrap_or(128 << 20)));
     if let Some(limit) = bytes("page-size-bytes") {
         builder = builder.set_data_page_size_limit(limit);

@@ -5,6 +5,7 @@
 //! retries beyond a commit conflict ([`crate::query`]). The crate's own catalogs and transactions are not used: they
 //! report success without knowing, and rebase silently on whatever they find.
 
+mod bounds;
 mod catalog;
 mod commit;
 #[cfg(test)]
