@@ -7,6 +7,7 @@ pub mod check;
 pub mod floe;
 pub mod proxy;
 pub mod reader;
+pub mod s3;
 pub mod telemetry;
 
 use std::sync::{Condvar, Mutex};

@@ -34,6 +34,7 @@ def catalog(request, create=False):
     if request["catalog"].startswith("http"):
         return RestCatalog("rest", uri=request["catalog"], **request.get("properties", {}))
     properties = {"uri": f"sqlite:///{request['catalog']}", "init_catalog_tables": str(create).lower()}
+    properties |= request.get("properties", {})
     if "warehouse" in request:
         properties["warehouse"] = f"file://{request['warehouse']}"
     return SqlCatalog(CATALOG, **properties)
@@ -47,6 +48,13 @@ def close(opened):
 def query(connection, request):
     """`{namespace.table}` in the SQL stands for that table's current snapshot."""
     opened = catalog(request)
+    store = request.get("properties", {})
+    if "s3.endpoint" in store:
+        connection.execute(
+            f"create or replace secret (type s3, key_id '{store['s3.access-key-id']}', "
+            f"secret '{store['s3.secret-access-key']}', region '{store['s3.region']}', "
+            f"endpoint '{store['s3.endpoint'].split('//')[1]}', url_style 'path', use_ssl false)"
+        )
 
     def source(match):
         table = opened.load_table(match.group(1))

@@ -156,7 +156,9 @@ impl Tables {
     }
 
     pub fn try_query<T: DeserializeOwned>(&self, sql: &str) -> Result<Vec<T>, String> {
-        let rows = try_ask(&json!({"op": "query", "catalog": self.catalog, "sql": sql}))?;
+        let rows = try_ask(&json!({
+            "op": "query", "catalog": self.catalog, "sql": sql, "properties": self.properties,
+        }))?;
         serde_json::from_value(rows.clone()).map_err(|e| format!("{e} in {rows} of {sql}"))
     }
 
