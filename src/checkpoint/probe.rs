@@ -46,7 +46,8 @@ pub(super) async fn create_if_absent(location: &Location) -> Result<(), Error> {
     Ok(())
 }
 
-const ADVICE: &str = "set checkpoint.location to a store with conditional puts (Amazon S3, for one), or to a local path";
+const ADVICE: &str =
+    "set checkpoint.location to a store with conditional puts (Amazon S3, for one), or to a local path";
 
 async fn twice(files: &Files, location: &Location, file: &str) -> Result<(), Error> {
     let (first, second) = (Bytes::from_static(b"first"), Bytes::from_static(b"second"));

@@ -42,7 +42,7 @@ mod random_kills;
 mod registry;
 /// REST catalogs: exactly once whatever becomes of a request; evolution, permissions, tokens.
 mod rest;
-/// The checkpoint on an S3-compatible store.
+/// Checkpoint and tables on an S3-compatible store, whatever becomes of its answers.
 mod s3;
 /// Nested types, decimals and times reach other readers as they were written; any keyword is held to.
 mod schemas;
@@ -58,3 +58,5 @@ mod triggers;
 mod upkeep;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;
+/// Many writers on one table: all exact, none starves.
+mod writers;

@@ -1,8 +1,9 @@
 use crate::support::broker::Broker;
+use crate::support::catalogs::RestServer;
 use crate::support::check::{DEAD_LETTERS, ROWS, WINDOWS, everything, fill, offsets_in_tables};
 use crate::support::floe::Pipeline;
 use crate::support::proxy::{Fault, Proxy, Request};
-use crate::support::s3::S3;
+use crate::support::s3::{KEY, S3};
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;
 
@@ -39,6 +40,30 @@ fn checkpoint_and_tables_on_s3_are_as_good_as_on_disk() {
     }
     assert!(!pipeline.checkpoint().exists());
     pipeline.check().expect_code(0).expect_output(&["create-if-absent holds"]);
+}
+
+/// The fourth of the combinations of catalogs and stores; the others are in this file, in `rest` and in `exactly_once`.
+#[test]
+fn a_rest_catalog_whose_tables_are_on_s3() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "rest_on_s3";
+    fill(broker, topic, &telemetry());
+    let s3 = S3::start();
+    let server = RestServer::start_on_s3(&s3.uri(), "bucket", KEY);
+    let proxy = Proxy::start(&s3.address, lossy(|_| true));
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    pipeline.rest(&server.uri, &server.uri).on_s3(&s3, &proxy.uri).set("source.max_offsets_per_trigger", 700);
+    for step in ["execute.files_written", "commit.metadata_written", "commit.committed", "commit_log.after_put"] {
+        pipeline.run_failing(&format!("{step}:kill")).expect_killed();
+    }
+    pipeline.run();
+    everything(&pipeline, broker, &telemetry());
+    for table in [ROWS, WINDOWS, DEAD_LETTERS] {
+        let table = pipeline.tables().table(table);
+        assert!(table.metadata_location.starts_with("s3://bucket/rest/"), "{}", table.metadata_location);
+        assert!(table.rows.is_some_and(|rows| rows > 0), "PyIceberg reads it too");
+    }
 }
 
 #[test]

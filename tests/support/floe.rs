@@ -82,7 +82,15 @@ impl Pipeline {
             checkpoint = path("checkpoint"),
         );
         let config = text.parse().expect("configuration");
-        Pipeline { dir, config, env: BTreeMap::new(), topic: topic.into(), runs: Cell::new(0), rest: None, store: json!({}) }
+        Pipeline {
+            dir,
+            config,
+            env: BTreeMap::new(),
+            topic: topic.into(),
+            runs: Cell::new(0),
+            rest: None,
+            store: json!({}),
+        }
     }
 
     /// Sets a key, given as a path with dots; a key that itself has dots goes through [`Pipeline::kafka`].

@@ -203,11 +203,7 @@ fn forward(shared: &Shared, request: &Request, dropped: &str) -> std::io::Result
     let goes = |line: &str| line.starts_with("connection:") || line.starts_with(dropped);
     let kept = request.head.lines().filter(|line| !goes(&line.to_lowercase()));
     let head = kept.collect::<Vec<_>>().join("\r\n");
-    write!(
-        upstream,
-        "{} {} HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n",
-        request.method, request.path
-    )?;
+    write!(upstream, "{} {} HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n", request.method, request.path)?;
     upstream.write_all(&request.bytes)?;
     let mut reply = Vec::new();
     upstream.read_to_end(&mut reply)?;

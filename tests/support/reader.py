@@ -5,8 +5,10 @@ One JSON request a line on stdin, one JSON answer a line on stdout. Stateless: e
 
 import importlib.util
 import json
+import random
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -134,6 +136,25 @@ def add_column(request):
     close(opened)
 
 
+def append_copies(request):
+    """Rows with a provenance of their own, one a commit."""
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    row = loaded.scan(limit=1).to_arrow().to_pylist()[0]
+    for number in range(request["times"]):
+        row |= {"_kafka_topic": request["topic"], "_kafka_offset": number}
+        rows = pa.Table.from_pylist([row], schema=loaded.schema().as_arrow())
+        for attempt in range(500):
+            try:
+                opened.load_table(request["table"]).append(rows)
+                break
+            except CommitFailedException:
+                time.sleep(random.random() * min(0.02 * 2**attempt, 1))
+        else:
+            raise RuntimeError("the other writers were always faster")
+    close(opened)
+
+
 def answer(connection, request):
     match request["op"]:
         case "query":
@@ -146,6 +167,8 @@ def answer(connection, request):
             return attached(connection, request)
         case "touch":
             return touch(request)
+        case "append_copies":
+            return append_copies(request)
         case "drop":
             return catalog(request).drop_table(request["table"])
         case "write":

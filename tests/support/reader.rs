@@ -208,6 +208,16 @@ impl Tables {
         try_ask(&json!({"op": "touch", "catalog": self.catalog, "table": table})).unwrap_or_else(|e| panic!("{e}"));
     }
 
+    /// Another writer appends a copy of one row `times` times, each in a commit of its own, with `topic` and a number as
+    /// where it came from. It tries until it has succeeded.
+    pub fn append_copies(&self, table: &str, topic: &str, times: u64) {
+        let request = json!({
+            "op": "append_copies", "catalog": self.catalog, "table": table, "topic": topic, "times": times,
+            "properties": self.properties,
+        });
+        try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
+    }
+
     fn warehouse(&self) -> PathBuf {
         self.catalog.with_file_name("warehouse")
     }
