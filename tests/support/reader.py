@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.types import StringType
 
 CATALOG = "floe"
