@@ -97,7 +97,7 @@ pub async fn conforms(catalog: &dyn Catalog, namespace: &str) {
             Err(CommitError::Failed(error)) => assert_ne!(error.kind(), Kind::Fatal, "{error}"),
         }
     }
-    catalog.commit(&[new_schema(&one, &raced, &["x", "y"])]).await.unwrap();
+    catalog.commit(&[new_schema(&one, &raced, &["x", "y", "after"])]).await.unwrap();
 
     // Properties too, where the catalog says so.
     let now = catalog.load(&one).await.unwrap().unwrap();
