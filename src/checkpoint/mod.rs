@@ -48,6 +48,7 @@ mod error;
 mod files;
 mod logs;
 mod owners;
+mod probe;
 mod state_files;
 #[cfg(test)]
 mod tests;
@@ -92,6 +93,12 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Whether the store can create a file only if it is absent, which steps 2 and 6 stand on: [`Error::Refused`] where it
+    /// cannot. Leaves nothing behind.
+    pub async fn probe(location: &Location) -> Result<(), Error> {
+        probe::create_if_absent(location).await
+    }
+
     /// Reads `metadata.json` or creates it with a new query id. Of two processes that create it at once both get the
     /// winner's. Refuses another pipeline's checkpoint and a location that has logs but no metadata.
     pub async fn open(location: Location, pipeline: &str) -> Result<Checkpoint, Error> {

@@ -8,7 +8,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{ObjectStoreExt, PutPayload};
 use rusqlite::{Connection, OpenFlags};
 
 use super::Error;
@@ -17,6 +17,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{CatalogConfig, Config, ExpectationConfig, RegistryConfig, TypeConfig};
 use crate::decode::framing::schema_id;
 use crate::decode::registry::{Registry, Writer};
+use crate::error::Kind;
 use crate::pipeline::Pipeline;
 use crate::sink::iceberg::{self, IcebergSink, Probed, TableStep};
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
@@ -377,9 +378,12 @@ async fn checkpoint(config: &Config) -> Finding {
     let fix = "check checkpoint.location and its permissions";
     let location = open(&config.checkpoint_location, fix)?;
     let new = new_folders(&location);
-    let tried = create_if_absent(&location, fix).await;
+    let tried = Checkpoint::probe(&location).await;
     remove(&new);
-    tried?;
+    tried.map_err(|e| match e.kind() {
+        Kind::Fatal => e.to_string(),
+        _ => format!("{e}; {fix}"),
+    })?;
     let url = &location.url;
     match Checkpoint::inspect(location.clone()).await {
         Ok(None) => Ok(format!(
@@ -421,26 +425,6 @@ async fn put_and_delete(location: &Location, fix: &str) -> Result<(), String> {
     location.store.delete(&probe).await.map_err(failed)
 }
 
-/// The protocol stands on this: of two writers of one file exactly one may win.
-async fn create_if_absent(location: &Location, fix: &str) -> Result<(), String> {
-    let failed = |e: object_store::Error| format!("{}: {e}; {fix}", location.url);
-    let probe = location.prefix.clone().join(probe_name());
-    let create = |text: &'static [u8]| {
-        location.store.put_opts(&probe, PutPayload::from_static(text), PutOptions::from(PutMode::Create))
-    };
-    create(b"first").await.map_err(failed)?;
-    let second = create(b"second").await;
-    location.store.delete(&probe).await.map_err(failed)?;
-    match second {
-        Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
-        Ok(_) => Err(format!(
-            "{}: the store overwrites a file that was to be created only if absent; use one with conditional writes",
-            location.url
-        )),
-        Err(e) => Err(failed(e)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -450,7 +434,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("a/b c");
         let location = crate::storage::open(place.to_str().unwrap()).unwrap();
-        create_if_absent(&location, "").await.unwrap();
+        Checkpoint::probe(&location).await.unwrap();
         assert!(place.is_dir());
         std::fs::remove_dir_all(folder.path().join("a")).unwrap();
         let found = warehouse_store(place.to_str().unwrap()).await.unwrap();

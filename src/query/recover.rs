@@ -27,6 +27,7 @@ impl Session {
             Some(checkpoint) => checkpoint.clone(),
             None => {
                 let location = crate::storage::open(&config.checkpoint_location)?;
+                Checkpoint::probe(&location).await?;
                 let mut checkpoint = Checkpoint::open(location, &config.name).await?;
                 let epoch = checkpoint.claim().await?;
                 tracing::info!(query_id = %checkpoint.query_id(), epoch, checkpoint = checkpoint.url(), "checkpoint claimed");

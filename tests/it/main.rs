@@ -54,7 +54,7 @@ mod registry;
 mod rest;
 /// What is read back from Iceberg equals the documents, to the last digit and microsecond.
 mod round_trip;
-/// The checkpoint on an S3-compatible store.
+/// Checkpoint and tables on an S3-compatible store, whatever becomes of its answers.
 mod s3;
 /// Nested types, decimals and times reach other readers as they were written; any keyword is held to.
 mod schemas;
@@ -76,3 +76,5 @@ mod upkeep;
 mod watermark;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;
+/// Many writers on one table: all exact, none starves.
+mod writers;

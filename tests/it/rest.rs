@@ -5,13 +5,13 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
-use crate::s3::S3;
 use crate::support::broker::Broker;
 use crate::support::catalogs::{OAuth2Server, RestServer};
 use crate::support::check::{DEAD_LETTERS, ROWS, WINDOWS, everything, fill};
 use crate::support::floe::Pipeline;
 use crate::support::proxy::{Fault, Proxy, Request};
 use crate::support::reader::Tables;
+use crate::support::s3::S3;
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;
 

@@ -34,8 +34,27 @@ struct Process {
 }
 
 impl RestServer {
-    /// The Iceberg project's server.
+    /// The Iceberg project's server, with a local warehouse.
     pub fn start() -> RestServer {
+        RestServer::start_with(|dir| vec![("CATALOG_WAREHOUSE", format!("file://{}", dir.join("warehouse").display()))])
+    }
+
+    /// The same with its warehouse in a bucket; `key` is both the id and the secret.
+    pub fn start_on_s3(endpoint: &str, bucket: &str, key: &str) -> RestServer {
+        RestServer::start_with(|_| {
+            vec![
+                ("CATALOG_WAREHOUSE", format!("s3://{bucket}/rest")),
+                ("CATALOG_IO__IMPL", "org.apache.iceberg.aws.s3.S3FileIO".into()),
+                ("CATALOG_S3_ENDPOINT", endpoint.into()),
+                ("CATALOG_S3_PATH__STYLE__ACCESS", "true".into()),
+                ("CATALOG_S3_ACCESS__KEY__ID", key.into()),
+                ("CATALOG_S3_SECRET__ACCESS__KEY", key.into()),
+                ("CATALOG_CLIENT_REGION", "us-east-1".into()),
+            ]
+        })
+    }
+
+    fn start_with(settings: impl FnOnce(&Path) -> Vec<(&'static str, String)>) -> RestServer {
         let jar = artifact(ICEBERG, "iceberg-open-api-1.10.1.jar");
         let dir = tempfile::Builder::new().prefix("floe-rest-").tempdir().expect("temp dir");
         let port = free_port();
@@ -44,7 +63,7 @@ impl RestServer {
             .args(["-Xmx192m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-jar"])
             .arg(jar)
             .env("CATALOG_REST_PORT", port.to_string())
-            .env("CATALOG_WAREHOUSE", format!("file://{}", dir.path().join("warehouse").display()))
+            .envs(settings(dir.path()))
             .env(
                 "CATALOG_URI",
                 format!("jdbc:sqlite:{}?busy_timeout=5000&journal_mode=WAL", dir.path().join("catalog.db").display()),

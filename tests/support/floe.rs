@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use toml::Table;
 
 use super::reader::Tables;
+use super::s3::S3;
 
 /// Longer than anything takes on a busy machine; a test that hits it has failed.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
@@ -26,6 +27,8 @@ pub struct Pipeline {
     pub topic: String,
     runs: Cell<u32>,
     rest: Option<PathBuf>,
+    /// What readers have to know of the store.
+    store: Value,
 }
 
 impl Pipeline {
@@ -80,7 +83,15 @@ impl Pipeline {
             checkpoint = path("checkpoint"),
         );
         let config = text.parse().expect("configuration");
-        Pipeline { dir, config, env: BTreeMap::new(), topic: topic.into(), runs: Cell::new(0), rest: None }
+        Pipeline {
+            dir,
+            config,
+            env: BTreeMap::new(),
+            topic: topic.into(),
+            runs: Cell::new(0),
+            rest: None,
+            store: json!({}),
+        }
     }
 
     /// Sets a key, given as a path with dots; a key that itself has dots goes through [`Pipeline::kafka`].
@@ -164,7 +175,7 @@ impl Pipeline {
 
     /// Through the catalog's file, or through what [`Pipeline::rest`] has named.
     pub fn tables(&self) -> Tables {
-        Tables::new(self.rest.clone().unwrap_or_else(|| self.catalog()))
+        Tables::over(self.rest.clone().unwrap_or_else(|| self.catalog()), self.store.clone())
     }
 
     /// A REST catalog at `uri`, maybe through a proxy; readers ask the server itself.
@@ -172,6 +183,17 @@ impl Pipeline {
         self.config.remove("catalog");
         self.rest = Some(server.into());
         self.set("catalog.type", "rest").set("catalog.uri", uri)
+    }
+
+    /// Checkpoint and tables on `s3`, which is reached at `endpoint`; readers ask the server itself. A REST catalog decides
+    /// by itself where tables are.
+    pub fn on_s3(&mut self, s3: &S3, endpoint: &str) -> &mut Self {
+        super::s3::environment(self, endpoint);
+        self.store = s3.properties();
+        if self.rest.is_none() {
+            self.set("catalog.warehouse", format!("s3://bucket/warehouse/{}", self.topic));
+        }
+        self.set("checkpoint.location", format!("s3://bucket/checkpoints/{}", self.topic))
     }
 
     pub fn config_file(&self) -> PathBuf {

@@ -8,6 +8,7 @@ pub mod commits;
 pub mod floe;
 pub mod proxy;
 pub mod reader;
+pub mod s3;
 pub mod telemetry;
 
 use std::sync::{Condvar, Mutex};

@@ -17,6 +17,8 @@ pub struct Request {
     /// In lower case.
     pub head: String,
     pub body: String,
+    /// The body as it came.
+    pub bytes: Vec<u8>,
 }
 
 impl Request {
@@ -40,6 +42,8 @@ pub enum Fault {
     Refuse(u16, String),
     /// It arrives when [`Proxy::release`] is called; by then nobody waits for the answer.
     Hold,
+    /// It arrives without this header.
+    Without(&'static str),
 }
 
 type Rule = Box<dyn FnMut(&Request) -> Fault + Send>;
@@ -141,7 +145,8 @@ fn serve(shared: &Shared, mut client: TcpStream) -> std::io::Result<()> {
         }
         _ => {}
     }
-    let mut reply = forward(shared, &request)?;
+    let dropped = if let Fault::Without(header) = &fault { format!("{header}:") } else { "connection:".to_string() };
+    let mut reply = forward(shared, &request, &dropped)?;
     let status = String::from_utf8_lossy(&reply[..reply.len().min(12)]).split(' ').nth(1).and_then(|s| s.parse().ok());
     let status = status.unwrap_or(0);
     shared.seen.lock().unwrap().push((request.method.clone(), request.path.clone(), status));
@@ -188,19 +193,18 @@ fn read_request(client: &mut TcpStream) -> std::io::Result<Option<Request>> {
     let method = first.next().unwrap_or_default().to_string();
     let path = first.next().unwrap_or_default().to_string();
     let headers = head.split_once("\r\n").map_or("", |(_, headers)| headers);
-    Ok(Some(Request { method, path, head: headers.to_string(), body: String::from_utf8_lossy(&body).into_owned() }))
+    let text = String::from_utf8_lossy(&body).into_owned();
+    Ok(Some(Request { method, path, head: headers.to_string(), body: text, bytes: body }))
 }
 
-fn forward(shared: &Shared, request: &Request) -> std::io::Result<Vec<u8>> {
+fn forward(shared: &Shared, request: &Request, dropped: &str) -> std::io::Result<Vec<u8>> {
     let mut upstream = TcpStream::connect(&shared.upstream)?;
     upstream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    let kept = request.head.lines().filter(|l| !l.to_lowercase().starts_with("connection:"));
+    let goes = |line: &str| line.starts_with("connection:") || line.starts_with(dropped);
+    let kept = request.head.lines().filter(|line| !goes(&line.to_lowercase()));
     let head = kept.collect::<Vec<_>>().join("\r\n");
-    write!(
-        upstream,
-        "{} {} HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n{}",
-        request.method, request.path, request.body
-    )?;
+    write!(upstream, "{} {} HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n", request.method, request.path)?;
+    upstream.write_all(&request.bytes)?;
     let mut reply = Vec::new();
     upstream.read_to_end(&mut reply)?;
     Ok(reply)

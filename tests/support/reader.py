@@ -5,6 +5,7 @@ One JSON request a line on stdin, one JSON answer a line on stdout. Stateless: e
 
 import importlib.util
 import json
+import random
 import re
 import statistics
 import sys
@@ -40,6 +41,7 @@ def catalog(request, create=False):
     if request["catalog"].startswith("http"):
         return RestCatalog("rest", uri=request["catalog"], **request.get("properties", {}))
     properties = {"uri": f"sqlite:///{request['catalog']}", "init_catalog_tables": str(create).lower()}
+    properties |= request.get("properties", {})
     if "warehouse" in request:
         properties["warehouse"] = f"file://{request['warehouse']}"
     return SqlCatalog(CATALOG, **properties)
@@ -53,6 +55,13 @@ def close(opened):
 def query(connection, request):
     """`{namespace.table}` in the SQL stands for that table's current snapshot."""
     opened = catalog(request)
+    store = request.get("properties", {})
+    if "s3.endpoint" in store:
+        connection.execute(
+            f"create or replace secret (type s3, key_id '{store['s3.access-key-id']}', "
+            f"secret '{store['s3.secret-access-key']}', region '{store['s3.region']}', "
+            f"endpoint '{store['s3.endpoint'].split('//')[1]}', url_style 'path', use_ssl false)"
+        )
 
     def source(match):
         table = opened.load_table(match.group(1))
@@ -220,6 +229,25 @@ def refs(request):
     return found
 
 
+def append_copies(request):
+    """Rows with a provenance of their own, one a commit."""
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    row = loaded.scan(limit=1).to_arrow().to_pylist()[0]
+    for number in range(request["times"]):
+        row |= {"_kafka_topic": request["topic"], "_kafka_offset": number}
+        rows = pa.Table.from_pylist([row], schema=loaded.schema().as_arrow())
+        for attempt in range(500):
+            try:
+                opened.load_table(request["table"]).append(rows)
+                break
+            except CommitFailedException:
+                time.sleep(random.random() * min(0.02 * 2**attempt, 1))
+        else:
+            raise RuntimeError("the other writers were always faster")
+    close(opened)
+
+
 def answer(connection, request):
     match request["op"]:
         case "query":
@@ -232,6 +260,8 @@ def answer(connection, request):
             return attached(connection, request)
         case "touch":
             return touch(request)
+        case "append_copies":
+            return append_copies(request)
         case "drop":
             return catalog(request).drop_table(request["table"])
         case "write":

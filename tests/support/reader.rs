@@ -159,7 +159,9 @@ impl Tables {
     }
 
     pub fn try_query<T: DeserializeOwned>(&self, sql: &str) -> Result<Vec<T>, String> {
-        let rows = try_ask(&json!({"op": "query", "catalog": self.catalog, "sql": sql}))?;
+        let rows = try_ask(&json!({
+            "op": "query", "catalog": self.catalog, "sql": sql, "properties": self.properties,
+        }))?;
         serde_json::from_value(rows.clone()).map_err(|e| format!("{e} in {rows} of {sql}"))
     }
 
@@ -288,6 +290,16 @@ impl Tables {
     /// Another engine commits to the table and leaves the rows as they are.
     pub fn touch(&self, table: &str) {
         try_ask(&json!({"op": "touch", "catalog": self.catalog, "table": table})).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Another writer appends a copy of one row `times` times, each in a commit of its own, with `topic` and a number as
+    /// where it came from. It tries until it has succeeded.
+    pub fn append_copies(&self, table: &str, topic: &str, times: u64) {
+        let request = json!({
+            "op": "append_copies", "catalog": self.catalog, "table": table, "topic": topic, "times": times,
+            "properties": self.properties,
+        });
+        try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
     }
 
     fn warehouse(&self) -> PathBuf {

@@ -118,6 +118,20 @@ impl Inner {
                     written.push((index, manifests));
                 }
                 match self.catalog.commit(&changes).await {
+                    // A server may check each table of a request, meet a faster writer after that, and still report success
+                    // of what it has not done. So what several tables are said to have is looked at.
+                    Ok(()) if changes.len() > 1 && !self.catalog.guards_properties() => {
+                        let now = self.load_all().await.map_err(|e| {
+                            Error::indeterminate(format!("the catalog reports a commit that cannot be looked at: {e}"))
+                        })?;
+                        let standing = self.standing(&now, commit)?;
+                        if written.iter().any(|(i, _)| standing[*i] == Standing::Pending) {
+                            conflict = "the catalog reported success, and a table does not have the batch".to_string();
+                            tracing::warn!(batch = commit.marker.batch, attempt, "{conflict}; trying again");
+                            continue 'attempts;
+                        }
+                        written.iter().for_each(|(i, _)| loaded[*i] = now[*i].clone());
+                    }
                     Ok(()) => {
                         for ((i, _), change) in written.iter().zip(changes) {
                             loaded[*i].metadata = change.metadata.into();

@@ -8,6 +8,8 @@ use iceberg::spec::{
     UnboundPartitionSpec,
 };
 
+use crate::error::Kind;
+
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName};
 
 fn schema(columns: &[&str]) -> Schema {
@@ -76,7 +78,29 @@ pub async fn conforms(catalog: &dyn Catalog, namespace: &str) {
     assert!(matches!(late, CommitError::Conflict(_)), "{late:?}");
     assert_eq!(columns(&catalog.load(&one).await.unwrap().unwrap()), 2);
 
+    // Of those who commit at the same time from one base, one has its way. A catalog may not know that of a request, as
+    // long as it tells so.
+    let now = catalog.load(&one).await.unwrap().unwrap();
+    let racers = (0..4).map(|n| {
+        let now = &now;
+        let one = &one;
+        async move { catalog.commit(&[new_schema(one, now, &["x", "y", &format!("r{n}")])]).await }
+    });
+    let outcomes = futures::future::join_all(racers).await;
+    assert!(outcomes.iter().filter(|outcome| outcome.is_ok()).count() <= 1, "{outcomes:?}");
+    let raced = catalog.load(&one).await.unwrap().unwrap();
+    let won = raced.metadata.current_schema().as_struct().fields().last().unwrap().name.clone();
+    for (n, outcome) in outcomes.iter().enumerate() {
+        match outcome {
+            Ok(()) => assert_eq!(won, format!("r{n}")),
+            Err(CommitError::Conflict(_)) => assert_ne!(won, format!("r{n}")),
+            Err(CommitError::Failed(error)) => assert_ne!(error.kind(), Kind::Fatal, "{error}"),
+        }
+    }
+    catalog.commit(&[new_schema(&one, &raced, &["x", "y", "after"])]).await.unwrap();
+
     // Properties too, where the catalog says so.
+    let now = catalog.load(&one).await.unwrap().unwrap();
     catalog.commit(&[property(&one, &now, "2")]).await.unwrap();
     let late = catalog.commit(&[property(&one, &now, "1")]).await;
     assert_eq!(late.is_err(), catalog.guards_properties(), "{late:?}");

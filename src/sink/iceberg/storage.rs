@@ -48,6 +48,13 @@ impl TableStorage {
         &self.vended
     }
 
+    /// With a store of the test's own for all locations that begin with `root`.
+    #[cfg(test)]
+    pub fn with_store(root: &str, store: Arc<dyn ObjectStore>) -> TableStorage {
+        let stores = HashMap::from([(root.to_string(), store)]);
+        TableStorage { stores: Arc::new(Mutex::new(stores)), ..TableStorage::default() }
+    }
+
     /// The store that holds `location`, and the path in it.
     pub fn locate(&self, location: &str) -> Result<(Arc<dyn ObjectStore>, Path)> {
         let invalid = |message: String| Error::new(ErrorKind::DataInvalid, message).with_context("location", location);

@@ -339,6 +339,15 @@ async fn the_embedded_catalog_conforms() {
     let CatalogConfig::Sqlite { path, warehouse } = fixture.catalog() else { panic!() };
     let catalog = sqlite::SqliteCatalog::open(&path, &warehouse, TableStorage::default().file_io()).await.unwrap();
     conformance::conforms(&catalog, "conformance").await;
+
+    // The same with tables in a bucket.
+    let storage = TableStorage::with_store("s3://bucket/", Arc::new(object_store::memory::InMemory::new()));
+    let path = path.with_file_name("bucket.db");
+    let catalog = sqlite::SqliteCatalog::open(&path, "s3://bucket/lake", storage.file_io()).await.unwrap();
+    conformance::conforms(&catalog, "two.levels").await;
+    let table = TableName { namespace: "two.levels".into(), name: "one".into() };
+    let at = catalog.load(&table).await.unwrap().unwrap().metadata_location;
+    assert!(at.starts_with("s3://bucket/lake/"), "{at}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
