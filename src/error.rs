@@ -39,8 +39,6 @@ pub enum Error {
     Transform(#[from] crate::transform::Error),
     #[error(transparent)]
     State(#[from] crate::state::Error),
-    #[error("state file {file}: {error}")]
-    StateFile { file: String, error: crate::state::Error },
     #[error(transparent)]
     Sink(#[from] crate::sink::Error),
     #[error("cannot listen on {listen}: {message}; set http.listen to a free address, or to \"\" for no HTTP server")]
@@ -111,7 +109,6 @@ impl Error {
             Error::Registry(e) => e.kind(),
             Error::Transform(e) => e.kind(),
             Error::State(e) => e.kind(),
-            Error::StateFile { error, .. } => error.kind(),
             Error::Sink(e) => e.kind(),
             Error::Deadline { .. } => Kind::Indeterminate,
             Error::Cancelled | Error::Internal(_) | Error::Expired { .. } => Kind::Transient,

@@ -35,7 +35,7 @@ use crate::pipeline::Pipeline;
 use crate::quality::{Expectations, Violation};
 use crate::sink::iceberg::{IcebergSink, TableWriter};
 use crate::source::{Chunk, Chunks};
-use crate::state::{ClosedWindow, Lane, StateStore};
+use crate::state::{Closing, Lane, StateStore};
 
 /// What step 3 hands to the steps after it.
 pub struct Executed {
@@ -145,7 +145,7 @@ pub fn execute(
     let evict_ms = plan.watermarks.evict();
     let delta = state.merge_lanes(lanes, evict_ms, workers)?;
     let closed = Mutex::new(state.close(evict_ms).into_iter());
-    let emit = Emit { pipeline, sink, plan, attempt, closed };
+    let emit = Emit { pipeline, sink, plan, attempt, cancel, closed };
     // Worker numbers continue, so that no file name is used twice in an attempt.
     for output in run_workers(workers, cancel, |worker| emit.run(workers + 1 + worker))? {
         account.add(output);
@@ -595,7 +595,8 @@ struct Emit<'a> {
     sink: &'a IcebergSink,
     plan: &'a MicroBatch,
     attempt: Uuid,
-    closed: Mutex<std::vec::IntoIter<ClosedWindow>>,
+    cancel: &'a AtomicBool,
+    closed: Mutex<std::vec::IntoIter<Closing>>,
 }
 
 impl Emit<'_> {
@@ -605,15 +606,25 @@ impl Emit<'_> {
         let mut counts = Counts::default();
         loop {
             let next = lock(&self.closed).next();
-            let Some(window) = next else { break };
-            let table = self.pipeline.windows[window.query()];
-            let (start, end) = (window.start_us(), window.end_us());
-            let (batches, overflowed) = window.evaluate()?;
-            for batch in &batches {
-                *counts.windows.entry(self.pipeline.tables[table].name.clone()).or_default() += batch.num_rows() as u64;
-                writers.write(table, batch)?;
-            }
-            if overflowed > 0 {
+            let Some(closing) = next else { break };
+            // By table and window: a large one comes in pieces.
+            let mut overflows: BTreeMap<(usize, i64, i64), u64> = BTreeMap::new();
+            closing.windows::<Error>(|window| {
+                if self.cancel.load(Ordering::Relaxed) {
+                    return Err(Error::Cancelled);
+                }
+                let table = self.pipeline.windows[window.query()];
+                let bounds = (table, window.start_us(), window.end_us());
+                let (batches, overflowed) = window.evaluate()?;
+                for batch in &batches {
+                    *counts.windows.entry(self.pipeline.tables[table].name.clone()).or_default() +=
+                        batch.num_rows() as u64;
+                    writers.write(table, batch)?;
+                }
+                *overflows.entry(bounds).or_default() += overflowed;
+                Ok(())
+            })?;
+            for ((table, start, end), overflowed) in overflows.into_iter().filter(|(_, overflowed)| *overflowed > 0) {
                 let message = format!(
                     "{overflowed} groups of {} in the window [{}, {}) have an integer sum beyond 64 bits; it is null there",
                     self.pipeline.tables[table].name,

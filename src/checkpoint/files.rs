@@ -4,6 +4,8 @@
 //! the files mean. Invariants: a file is written once and never edited; what is read is exactly what was written, or an
 //! error names the file.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::path::Path;
@@ -96,6 +98,33 @@ impl Files {
         };
         match result {
             Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.transient(file, format!("cannot read: {e}"))),
+        }
+    }
+
+    /// Parts of a file, each as long as asked for, or nothing when there is no such file or it is too short for them.
+    pub async fn read_ranges(&self, file: &str, ranges: &[Range<u64>]) -> Result<Option<Vec<Bytes>>, Error> {
+        let error = match self.location.store.get_ranges(&self.path(file), ranges).await {
+            Ok(parts) if parts.iter().zip(ranges).all(|(part, r)| part.len() as u64 == r.end - r.start) => {
+                return Ok(Some(parts));
+            }
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(e) => e,
+        };
+        // A range beyond the end is an error of its own kind in every store: its length tells.
+        match self.size(file).await {
+            Ok(Some(size)) if ranges.iter().all(|r| r.end <= size) => {
+                Err(self.transient(file, format!("cannot read: {error}")))
+            }
+            Ok(_) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub async fn size(&self, file: &str) -> Result<Option<u64>, Error> {
+        match self.location.store.head(&self.path(file)).await {
+            Ok(meta) => Ok(Some(meta.size)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(self.transient(file, format!("cannot read: {e}"))),
         }

@@ -6,7 +6,7 @@
 //! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
 //! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, state files that make up
 //!                        the state, snapshot ids, counts
-//! state/<batch>-<attempt>.delta | .run
+//! state/<batch>-<attempt>.delta | -<part>.run
 //! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
 //! control/unknown-<batch>.json                     schema ids that the registry did not know, where there is one
 //! ```
@@ -53,6 +53,7 @@ mod state_files;
 mod tests;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -187,13 +188,26 @@ impl Checkpoint {
         attempt: Uuid,
         kind: StateKind,
         bytes: impl Into<Bytes>,
+        crc32: u32,
         max_window_end_us: Option<i64>,
     ) -> Result<StateFile, Error> {
-        state_files::put(&self.files, batch, attempt, kind, bytes.into(), max_window_end_us).await
+        state_files::put(&self.files, batch, attempt, kind, bytes.into(), crc32, max_window_end_us).await
     }
 
-    pub async fn read_state(&self, file: &StateFile) -> Result<Bytes, Error> {
-        state_files::read(&self.files, file).await
+    /// The last bytes of a state file, at most `most`. Fatal when it is missing or not as long as it was.
+    pub async fn open_state(&self, file: &StateFile, most: u64) -> Result<Bytes, Error> {
+        let tail = file.bytes.saturating_sub(most)..file.bytes;
+        Ok(state_files::read(&self.files, file, &[tail], true).await?.pop().unwrap_or_default())
+    }
+
+    /// Parts of a state file. Fatal when it is missing or too short.
+    pub async fn read_state(&self, file: &StateFile, ranges: &[Range<u64>]) -> Result<Vec<Bytes>, Error> {
+        state_files::read(&self.files, file, ranges, false).await
+    }
+
+    /// How the names of the state files of an attempt begin, for [`Checkpoint::purge`].
+    pub fn state_names(batch: BatchId, attempt: Uuid) -> String {
+        state_files::stem(batch, attempt)
     }
 
     /// Step 6. [`Error::AlreadyCommitted`] when somebody else finished this very plan.
@@ -202,9 +216,16 @@ impl Checkpoint {
     }
 
     /// Step 7, after `commits/<newest>`: deletes logs but for the last `retain` batches (at least two), former owners, and
-    /// state up to batch `newest` that neither `live` nor the commit before names. Returns the number of files deleted.
-    pub async fn purge(&self, newest: BatchId, retain: u64, live: &[StateFile]) -> Result<u64, Error> {
-        state_files::purge(&self.files, self.epoch, newest, retain, live).await
+    /// state up to batch `newest` that neither `live` nor the commit before names and that does not begin with one of the
+    /// names `in_use`. Returns the number of files deleted.
+    pub async fn purge(
+        &self,
+        newest: BatchId,
+        retain: u64,
+        live: &[StateFile],
+        in_use: &[String],
+    ) -> Result<u64, Error> {
+        state_files::purge(&self.files, self.epoch, newest, retain, live, in_use).await
     }
 
     /// Says that the batch is held back. A batch has one plan, so saying it again changes nothing.

@@ -4,6 +4,7 @@
 //! log entry names it; until then it belongs to the attempt in its name.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -19,27 +20,33 @@ use crate::batch::BatchId;
 pub enum StateKind {
     /// Partial aggregates of one batch.
     Delta,
-    /// Several deltas merged into one.
-    Run,
+    /// Part of what several deltas were merged into.
+    Run(u32),
 }
 
 /// A state file as the commit log names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateFile {
-    /// Relative to the checkpoint: `state/<batch>-<attempt>.delta` or `.run`.
+    /// Relative to the checkpoint: `state/<batch>-<attempt>.delta` or `state/<batch>-<attempt>-<part>.run`.
     pub name: String,
     pub bytes: u64,
+    /// Of the file's index, which holds the checksums of everything else ([`crate::state`] checks them).
     pub crc32: u32,
     /// The file is of no use any more once the watermark has passed this; `None` when it holds no window.
     pub max_window_end_us: Option<i64>,
 }
 
 fn name(batch: BatchId, attempt: Uuid, kind: StateKind) -> String {
-    let extension = match kind {
-        StateKind::Delta => "delta",
-        StateKind::Run => "run",
-    };
-    format!("state/{batch:020}-{attempt}.{extension}")
+    let stem = stem(batch, attempt);
+    match kind {
+        StateKind::Delta => format!("{stem}.delta"),
+        StateKind::Run(part) => format!("{stem}-{part}.run"),
+    }
+}
+
+/// How the names of all files of an attempt begin.
+pub(super) fn stem(batch: BatchId, attempt: Uuid) -> String {
+    format!("state/{batch:020}-{attempt}")
 }
 
 fn batch_of(file: &str) -> Option<BatchId> {
@@ -50,16 +57,23 @@ fn batch_of(file: &str) -> Option<BatchId> {
     name.split_once('-').filter(|(digits, _)| digits.len() == 20)?.0.parse().ok()
 }
 
+impl StateFile {
+    pub fn is_run(&self) -> bool {
+        self.name.ends_with(".run")
+    }
+}
+
 pub(super) async fn put(
     files: &Files,
     batch: BatchId,
     attempt: Uuid,
     kind: StateKind,
     bytes: Bytes,
+    crc32: u32,
     max_window_end_us: Option<i64>,
 ) -> Result<StateFile, Error> {
     let name = name(batch, attempt, kind);
-    let (len, crc32) = (bytes.len() as u64, crc32fast::hash(&bytes));
+    let len = bytes.len() as u64;
     if let Created::Theirs(_) = files.create(&name, &bytes).await? {
         return Err(files.damaged(&name, "another file has the name of this attempt, which is unique"));
     }
@@ -67,26 +81,34 @@ pub(super) async fn put(
     Ok(StateFile { name, bytes: len, crc32, max_window_end_us })
 }
 
-pub(super) async fn read(files: &Files, file: &StateFile) -> Result<Bytes, Error> {
+/// Reads parts of a file, and before that, where `whole`, compares its length with the one that was logged.
+pub(super) async fn read(
+    files: &Files,
+    file: &StateFile,
+    ranges: &[Range<u64>],
+    whole: bool,
+) -> Result<Vec<Bytes>, Error> {
+    let size = if whole { files.size(&file.name).await? } else { Some(file.bytes) };
+    if size == Some(file.bytes)
+        && let Some(parts) = files.read_ranges(&file.name, ranges).await?
+    {
+        return Ok(parts);
+    }
     let logged_by = match batch_of(&file.name) {
         Some(batch) => format!("(state of batch {batch}, named by the newest commit log entry)"),
         None => "(named by the newest commit log entry)".to_string(),
     };
-    let Some(bytes) = files.read(&file.name).await? else {
-        return Err(files.damaged(&file.name, format!("the state file is missing {logged_by}")));
+    let problem = match files.size(&file.name).await? {
+        None => format!("the state file is missing {logged_by}"),
+        Some(size) => format!("the state file has {size} bytes instead of {} {logged_by}", file.bytes),
     };
-    if bytes.len() as u64 != file.bytes {
-        let problem = format!("the state file has {} bytes instead of {} {logged_by}", bytes.len(), file.bytes);
-        return Err(files.damaged(&file.name, problem));
-    }
-    if crc32fast::hash(&bytes) != file.crc32 {
-        return Err(files.damaged(&file.name, format!("the state file's bytes do not match its checksum {logged_by}")));
-    }
-    Ok(bytes)
+    Err(files.damaged(&file.name, problem))
 }
 
 /// Step 7. Deletes what nothing can need any more and returns how many files that were. Call it only after `commits/<newest>`
 /// was logged by this process.
+///
+/// `in_use` are the beginnings of names that a compaction reads or writes: no commit may name them, or none any more.
 ///
 /// State of batches after `newest` stays: another process may be writing it. State of the commit before stays as well, so
 /// that a copy of the checkpoint that is being made while a batch commits is complete.
@@ -100,6 +122,7 @@ pub(super) async fn purge(
     newest: BatchId,
     retain: u64,
     live: &[StateFile],
+    in_use: &[String],
 ) -> Result<u64, Error> {
     let owners = files.numbers("owners").await?;
     if owners.last().is_some_and(|owner| *owner > epoch) {
@@ -112,7 +135,8 @@ pub(super) async fn purge(
     }
     let mut doomed = Vec::new();
     for entry in files.list("state").await? {
-        if batch_of(&entry.file).is_some_and(|batch| batch <= newest) && !needed.contains(&entry.file) {
+        let needed = needed.contains(&entry.file) || in_use.iter().any(|name| entry.file.starts_with(name));
+        if batch_of(&entry.file).is_some_and(|batch| batch <= newest) && !needed {
             doomed.push(entry.file);
         }
     }

@@ -67,7 +67,7 @@ async fn run_batches(checkpoint: &Checkpoint, from: u64, to: u64) -> Vec<StateFi
     for batch in from..to {
         let logged = checkpoint.log_plan(&plan(batch, 1)).await.unwrap();
         let bytes = format!("state of {batch}").into_bytes();
-        live.push(checkpoint.put_state(batch, Uuid::new_v4(), StateKind::Delta, bytes, None).await.unwrap());
+        live.push(checkpoint.put_state(batch, Uuid::new_v4(), StateKind::Delta, bytes, 0, None).await.unwrap());
         live.drain(..live.len().saturating_sub(2));
         checkpoint.log_commit(&commit(&logged, &live)).await.unwrap();
     }
@@ -120,8 +120,10 @@ async fn conformance(location: Location) {
     assert_eq!(recovered.replay(), Some(&logged));
     assert_eq!(recovered.commit, None);
 
-    let state = successor.put_state(0, Uuid::new_v4(), StateKind::Run, vec![1, 2, 3], Some(7)).await.unwrap();
-    assert_eq!(successor.read_state(&state).await.unwrap(), vec![1, 2, 3]);
+    let state = successor.put_state(0, Uuid::new_v4(), StateKind::Run(0), vec![1, 2, 3], 0, Some(7)).await.unwrap();
+    assert_eq!(successor.open_state(&state, 100).await.unwrap(), vec![1, 2, 3]);
+    assert_eq!(successor.open_state(&state, 2).await.unwrap(), vec![2, 3]);
+    assert_eq!(successor.read_state(&state, &[1..2, 0..3]).await.unwrap(), [vec![2], vec![1, 2, 3]]);
     let entry = commit(&logged, std::slice::from_ref(&state));
     successor.log_commit(&entry).await.unwrap();
     successor.log_commit(&entry).await.unwrap();
@@ -138,19 +140,19 @@ async fn conformance(location: Location) {
 
     // Purge.
     let live = run_batches(&successor, 1, 9).await;
-    let being_written = successor.put_state(9, Uuid::new_v4(), StateKind::Delta, vec![9], None).await.unwrap();
-    assert_eq!(checkpoint.purge(8, 3, &[]).await.unwrap(), 0, "a process that has a successor deletes nothing");
+    let being_written = successor.put_state(9, Uuid::new_v4(), StateKind::Delta, vec![9], 0, None).await.unwrap();
+    assert_eq!(checkpoint.purge(8, 3, &[], &[]).await.unwrap(), 0, "a process that has a successor deletes nothing");
     let size = successor.size_bytes().await.unwrap();
     // State 0 to 6 but for what commits 7 and 8 name, logs 0 to 5 twice, one former owner.
-    assert_eq!(successor.purge(8, 3, &live).await.unwrap(), 6 + 2 * 6 + 1);
+    assert_eq!(successor.purge(8, 3, &live, &[]).await.unwrap(), 6 + 2 * 6 + 1);
     assert!(successor.size_bytes().await.unwrap() < size);
     for file in live.iter().chain([&being_written]) {
-        successor.read_state(file).await.unwrap();
+        successor.open_state(file, 10).await.unwrap();
     }
     let left = files(&location).await;
     assert_eq!(left.iter().filter(|f| f.starts_with("offsets/")).count(), 3, "{left:?}");
     assert_eq!(successor.recover().await.unwrap().commit.unwrap().state, live);
-    assert_eq!(successor.purge(8, 3, &live).await.unwrap(), 0);
+    assert_eq!(successor.purge(8, 3, &live, &[]).await.unwrap(), 0);
     successor.check_owner().await.unwrap();
 }
 
@@ -296,22 +298,44 @@ async fn foreign_checkpoints_are_refused() {
 }
 
 #[tokio::test]
-async fn damaged_state_is_named() {
-    let location = memory();
-    let checkpoint = Checkpoint::open(location.clone(), "p").await.unwrap();
-    let state = checkpoint.put_state(5, Uuid::new_v4(), StateKind::Delta, b"abc".to_vec(), None).await.unwrap();
-    for (damage, says) in
-        [(&b"abd"[..], "do not match its checksum"), (b"ab", "has 2 bytes instead of 3"), (b"abcd", "has 4 bytes")]
-    {
-        overwrite(&location, &state.name, damage).await;
-        let error = checkpoint.read_state(&state).await.unwrap_err();
-        let text = error.to_string();
-        assert!(text.contains(says) && text.contains(&state.name) && text.contains("batch 5"), "{text}");
-        assert_eq!(error.kind(), Kind::Fatal);
+async fn state_of_another_length_and_missing_state_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    for location in [memory(), local(folder.path())] {
+        let checkpoint = Checkpoint::open(location.clone(), "p").await.unwrap();
+        let state = checkpoint.put_state(5, Uuid::new_v4(), StateKind::Delta, b"abc".to_vec(), 0, None).await.unwrap();
+        let named = |result: Result<(), Error>, says: &str| {
+            let error = result.unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(says) && text.contains(&state.name) && text.contains("batch 5"), "{text}");
+            assert_eq!(error.kind(), Kind::Fatal);
+        };
+        for (damage, says) in [(&b"ab"[..], "has 2 bytes instead of 3"), (b"abcd", "has 4 bytes"), (b"", "has 0 bytes")]
+        {
+            overwrite(&location, &state.name, damage).await;
+            named(checkpoint.open_state(&state, 2).await.map(drop), says);
+            if damage.len() < 3 {
+                named(checkpoint.read_state(&state, &[0..1, 2..3]).await.map(drop), says);
+            }
+        }
+        remove(&location, &state.name).await;
+        named(checkpoint.open_state(&state, 2).await.map(drop), "is missing");
+        named(checkpoint.read_state(&state, &[0..1, 2..3]).await.map(drop), "is missing");
     }
-    remove(&location, &state.name).await;
-    let error = checkpoint.read_state(&state).await.unwrap_err();
-    assert!(error.to_string().contains("is missing") && error.kind() == Kind::Fatal, "{error}");
+}
+
+#[tokio::test]
+async fn what_a_compaction_uses_stays() {
+    let location = memory();
+    let mut checkpoint = Checkpoint::open(location.clone(), "p").await.unwrap();
+    checkpoint.claim().await.unwrap();
+    let live = run_batches(&checkpoint, 0, 6).await;
+    let attempt = Uuid::new_v4();
+    let part = checkpoint.put_state(3, attempt, StateKind::Run(7), vec![1], 0, None).await.unwrap();
+    assert!(part.is_run() && !live[0].is_run());
+    checkpoint.purge(5, 2, &live, &[Checkpoint::state_names(3, attempt)]).await.unwrap();
+    checkpoint.open_state(&part, 1).await.unwrap();
+    checkpoint.purge(5, 2, &live, &[]).await.unwrap();
+    assert!(checkpoint.open_state(&part, 1).await.is_err());
 }
 
 #[tokio::test]
@@ -331,7 +355,7 @@ async fn names_that_are_not_ours_are_left_alone() {
         overwrite(&location, file, b"x").await;
     }
     assert_eq!(checkpoint.recover().await.unwrap().plan.unwrap().plan.batch, 2);
-    checkpoint.purge(2, 2, &live).await.unwrap();
+    checkpoint.purge(2, 2, &live, &[]).await.unwrap();
     let left = files(&location).await;
     assert!(foreign.iter().all(|file| left.contains(&file.to_string())), "{left:?}");
 }
@@ -490,9 +514,9 @@ async fn a_batch_that_is_held_back_is_let_through_by_name_of_its_plan_and_both_f
     let other = LoggedPlan { digest: "sha256:another".to_string(), ..logged.clone() };
     assert!(checkpoint.resume(&other).await.unwrap_err().to_string().contains("another plan"));
 
-    checkpoint.purge(1, 2, &[]).await.unwrap();
+    checkpoint.purge(1, 2, &[], &[]).await.unwrap();
     assert!(checkpoint.is_resumed(0, &logged.digest).await.unwrap());
-    checkpoint.purge(2, 2, &[]).await.unwrap();
+    checkpoint.purge(2, 2, &[], &[]).await.unwrap();
     assert!(!checkpoint.is_resumed(0, &logged.digest).await.unwrap());
     assert_eq!(checkpoint.held(&logged).await.unwrap(), None);
 }

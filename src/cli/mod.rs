@@ -6,6 +6,7 @@ pub mod demo;
 pub mod dlq;
 pub mod resume;
 pub mod run;
+pub mod state;
 pub mod watermark;
 
 use std::collections::BTreeMap;
@@ -36,6 +37,8 @@ enum Command {
     Check(File),
     /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
     Resume(File),
+    /// Show the open windows of a pipeline, their groups and bytes, as the checkpoint has them.
+    State(File),
     /// Say where the watermark is, which partition holds it back since when, and which windows it closes next. Reads the
     /// checkpoint alone, whether the pipeline runs or not.
     Watermark {
@@ -107,6 +110,12 @@ impl Cli {
                 writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::State(File { file }) => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let text = state::state(&load(&file)?).await?;
+                std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Watermark { file, json } => {
                 crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
                 let said = watermark::watermark(&load(&file.file)?, json).await?;
@@ -143,6 +152,7 @@ mod tests {
             ("floe run pipeline.toml", true),
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
+            ("floe state pipeline.toml", true),
             ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),

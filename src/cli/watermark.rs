@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tokio::runtime::Handle;
 
 use super::Error;
 use crate::batch::{MicroBatch, TopicPartition};
@@ -15,7 +16,7 @@ use crate::checkpoint::{Checkpoint, CommitEntry};
 use crate::config::{Config, EventTimeConfig};
 use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
-use crate::state::{self, WindowQuery};
+use crate::state::{self, Reader, WindowQuery};
 use crate::telemetry::rfc3339;
 use crate::window::closed;
 use crate::window::watermark::{EventTimeProgress, WatermarkPolicy, decide};
@@ -36,7 +37,8 @@ pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> 
             location.url
         )));
     }
-    let checkpoint = Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?;
+    let checkpoint = Arc::new(Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?);
+    let reader = Reader::new(checkpoint.clone(), Handle::current());
     let mut tries = 1;
     let (plan, commit, open) = loop {
         let recovered = checkpoint.recover().await.map_err(QueryError::from)?;
@@ -46,7 +48,7 @@ pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> 
                 config.name
             )));
         };
-        match open_windows(&checkpoint, recovered.commit.as_ref(), &pipeline.queries).await {
+        match open_windows(&reader, recovered.commit.as_ref(), &plan.plan, &pipeline.queries).await {
             Ok(open) => break (plan.plan, recovered.commit, open),
             Err(e) => {
                 // A running pipeline may have removed files that its newest batch replaces.
@@ -74,20 +76,16 @@ struct OpenWindow {
 type OpenWindows = Vec<(String, Vec<OpenWindow>)>;
 
 async fn open_windows(
-    checkpoint: &Checkpoint,
+    reader: &Reader,
     commit: Option<&CommitEntry>,
-    queries: &Arc<[WindowQuery]>,
+    plan: &MicroBatch,
+    queries: &[WindowQuery],
 ) -> Result<OpenWindows, QueryError> {
     let mut open: OpenWindows = queries.iter().map(|q| (q.table().to_string(), Vec::new())).collect();
-    for file in commit.iter().flat_map(|c| &c.state) {
-        let bytes = checkpoint.read_state(file).await?;
-        let name = || format!("{}/{}", checkpoint.url(), file.name);
-        let windows =
-            state::windows_of(queries, &bytes).map_err(|error| QueryError::StateFile { file: name(), error })?;
-        for (query, start_us, end_us) in windows {
-            if let Some((_, open)) = open.get_mut(query) {
-                open.push(OpenWindow { end_us, start_us });
-            }
+    let files = reader.open(queries, commit.map_or(&[], |c| &c.state)).await?;
+    for window in state::open_windows(&files, plan.watermarks.evict()) {
+        if let Some((_, open)) = open.get_mut(window.query) {
+            open.push(OpenWindow { end_us: window.end_us, start_us: window.start_us });
         }
     }
     Ok(open)
@@ -159,7 +157,7 @@ impl Explanation {
         let next_windows = open
             .iter()
             .map(|(table, windows)| {
-                let window = windows.iter().filter(|w| !closed(w.end_us, plan.watermarks.evict())).min().cloned();
+                let window = windows.iter().min().cloned();
                 let end_ms = window.as_ref().map_or(0, |w| w.end_us.div_euclid(1000) + i64::from(w.end_us % 1000 != 0));
                 let closes_at_ms = end_ms.saturating_add(delay_ms);
                 let mut waits_for: Vec<&Partition> = partitions

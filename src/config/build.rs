@@ -62,6 +62,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let http = http(r);
     let retry = RetryConfig { strategy: strategy(r), deadlines: deadlines(r) };
     let execution = execution(r);
+    let state = StateConfig { memory_budget_bytes: r.bytes("state.memory_budget").unwrap_or_default() };
 
     let (schema, document) = schema?;
     let mut config = Config {
@@ -82,6 +83,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         http,
         retry,
         execution,
+        state,
         fingerprint: String::new(),
     };
     check_columns(r, &config);

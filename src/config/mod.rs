@@ -59,6 +59,7 @@ pub struct Config {
     pub http: HttpConfig,
     pub retry: RetryConfig,
     pub execution: ExecutionConfig,
+    pub state: StateConfig,
     /// Digest of everything that decides what a batch means; logged with each plan.
     pub fingerprint: String,
 }
@@ -284,4 +285,10 @@ pub struct ExecutionConfig {
     /// Bytes of records that may be held between the broker and the tables: librdkafka's queues plus chunks in flight.
     pub buffer_bytes: u64,
     pub shutdown_timeout: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub struct StateConfig {
+    /// Most bytes of open windows that stay in memory between two batches; the rest is in the checkpoint only.
+    pub memory_budget_bytes: u64,
 }

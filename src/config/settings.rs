@@ -133,6 +133,8 @@ pub const SETTINGS: &[Setting] = &[
     default("deadlines.add_batch", Kind::Duration, "10 minutes"),
     default("deadlines.checkpoint", Kind::Duration, "1 minute"),
     default("deadlines.commit", Kind::Duration, "2 minutes"),
+    // With execution.buffer and what a batch needs, it fits into a container of 2 GiB.
+    default("state.memory_budget", Kind::Bytes, "1 GiB"),
     // The number of cores.
     absent("execution.workers", Kind::Integer),
     default("execution.buffer", Kind::Bytes, "256 MiB"),

@@ -102,6 +102,8 @@ commit = "5 minutes"
 workers = 3
 buffer = "32 MiB"
 shutdown_timeout = "5 seconds"
+[state]
+memory_budget = "64 MiB"
 [quality]
 max_error_rate = 0.1
 min_records = 500
@@ -178,6 +180,7 @@ fn a_minimal_file_takes_every_default() {
     assert!(c.quality.expectations.is_empty() && c.quality.breaker.is_none());
     assert!(c.execution.workers >= 1);
     assert_eq!(c.execution.buffer_bytes, 256 << 20);
+    assert_eq!(c.state.memory_budget_bytes, 1 << 30);
     assert_eq!(c.execution.shutdown_timeout, Duration::from_secs(25));
 }
 
@@ -222,6 +225,7 @@ fn a_full_file_is_read_as_it_is_written() {
     assert_eq!(c.retry.deadlines.commit, Duration::from_secs(300));
     assert_eq!(c.execution.workers, 3);
     assert_eq!(c.execution.buffer_bytes, 32 << 20);
+    assert_eq!(c.state.memory_budget_bytes, 64 << 20);
     let expected: Vec<_> = c.quality.expectations.iter().map(|e| (e.name.as_str(), e.on_fail)).collect();
     assert_eq!(expected, [("battery", OnFail::DeadLetter), ("status", OnFail::Warn)]);
     let (window, probe_interval) = (Duration::from_secs(600), Duration::from_secs(20));
@@ -276,6 +280,7 @@ fn other_value(key: &str) -> &'static str {
         "retry.initial" => "2 seconds",
         "execution.workers" => "4",
         "execution.buffer" => "64 MiB",
+        "state.memory_budget" => "3 MiB",
         _ => "77 seconds",
     }
 }

@@ -6,6 +6,7 @@
 //! Invariant: every failure that is not fatal takes the same road as a restart. What is in memory is dropped, the query
 //! backs off and recovers from the checkpoint.
 
+mod compaction;
 mod hold;
 mod progress;
 mod recover;
@@ -44,8 +45,6 @@ use self::recover::{check_topics, marker_of};
 
 /// Logs older than this many batches are removed.
 const RETAINED_BATCHES: u64 = 100;
-/// When so many deltas make up the state, the next batch writes all of it as one run instead.
-const MAX_DELTAS: usize = 64;
 
 /// Runs the query until it is done (`available_now`), told to stop, or fails for good.
 pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> Result<(), Error> {
@@ -211,7 +210,7 @@ struct Session {
     source: SharedSource,
     /// The state after the last committed batch. Taken while a batch runs.
     state: Option<StateStore>,
-    state_files: Vec<StateFile>,
+    compaction: compaction::Background,
     last: Option<Last>,
     /// What each partition has shown up to the last committed batch.
     event_times: EventTimeProgress,
@@ -372,6 +371,7 @@ impl Session {
         let LoggedPlan { plan, digest } = logged;
         let deadlines = query.config.retry.deadlines;
         let attempt = Uuid::new_v4();
+        self.adopt_compaction(query).await?;
 
         // 3. Execute: data files that no table knows yet, and the state as it will be.
         let started = Instant::now();
@@ -392,23 +392,19 @@ impl Session {
             let logged = self.log_unknown_ids(plan.batch, &digest, registry);
             with_deadline("log_unknown_ids", deadlines.checkpoint, logged).await?;
         }
-        let Executed { files, delta, mut state, counts, event_times } = executed;
+        let Executed { files, mut delta, mut state, counts, event_times } = executed;
 
         // 4. Persist what this attempt adds to the state.
         let started = Instant::now();
         let evict_ms = plan.watermarks.evict();
-        let mut state_files: Vec<StateFile> = std::mem::take(&mut self.state_files);
-        state_files.retain(|f| f.max_window_end_us.is_none_or(|end| !window::closed(end, evict_ms)));
-        let (kind, delta) = if state_files.len() >= MAX_DELTAS {
-            state_files.clear();
-            (StateKind::Run, state.encode_run()?)
-        } else {
-            (StateKind::Delta, delta)
-        };
+        state.drop_superfluous(evict_ms);
         if delta.groups > 0 {
-            let put = self.checkpoint.put_state(plan.batch, attempt, kind, delta.bytes, delta.max_window_end_us);
-            state_files.push(with_deadline("state_commit", deadlines.checkpoint, put).await?);
+            let bytes = std::mem::take(&mut delta.bytes);
+            let (crc32, end) = (delta.crc32(), delta.max_window_end_us);
+            let put = self.checkpoint.put_state(plan.batch, attempt, StateKind::Delta, bytes, crc32, end);
+            state.add(with_deadline("state_commit", deadlines.checkpoint, put).await?, &delta);
         }
+        let state_files = state.files();
         durations.insert("state_commit".into(), millis(started));
 
         // 5. Commit the tables, all of them or none.
@@ -471,6 +467,12 @@ impl Session {
         // 7. Tidy. Nothing here can fail the batch, which is done.
         let started = Instant::now();
         self.tidy(&plan, &state_files, replay).await;
+        let state = blocking(move || {
+            let windows = state.shrink()?;
+            tracing::debug!(windows, "windows have left memory");
+            Ok(state)
+        })
+        .await?;
         durations.insert("tidy".into(), millis(started));
 
         let mut progress = self.progress(query, &plan, &entry, &written, &state, &event_times);
@@ -501,14 +503,24 @@ impl Session {
         if counts.records > 0 {
             self.bytes_per_record = Some(counts.bytes as f64 / counts.records as f64);
         }
+        self.compaction.start(&state, Some((plan.batch, evict_ms)));
         self.state = Some(state);
-        self.state_files = state_files;
         self.last = Some(Last { plan, watermark_next_ms });
         self.event_times = entry.event_times.clone();
 
         // The batch is done and stays so; its dead letters are published before there is another one.
         if let Some(topic) = &self.dead_letter_topic {
             with_deadline("publish_dead_letters", deadlines.commit, topic.publish(&self.sink, &entry)).await?;
+        }
+        Ok(())
+    }
+
+    async fn adopt_compaction(&mut self, query: &StreamingQuery) -> Result<(), Error> {
+        let Some(state) = &mut self.state else { return Ok(()) };
+        let last = self.last.as_ref().map(|l| (l.plan.batch, l.plan.watermarks.evict()));
+        if let Some(compacted) = self.compaction.before_batch(state, last).await? {
+            query.telemetry.compaction(compacted.bytes_written);
+            compaction::adopt(state, compacted)?;
         }
         Ok(())
     }
@@ -573,7 +585,7 @@ impl Session {
                 Err(e) => tracing::warn!(batch = plan.batch, error = %e, "files of failed attempts stay behind"),
             }
         }
-        if let Err(e) = self.checkpoint.purge(plan.batch, RETAINED_BATCHES, live).await {
+        if let Err(e) = self.checkpoint.purge(plan.batch, RETAINED_BATCHES, live, &self.compaction.in_use()).await {
             tracing::warn!(error = %e, "old checkpoint files stay until the next batch");
         }
         match self.checkpoint.size_bytes().await {

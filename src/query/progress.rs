@@ -9,8 +9,8 @@ use crate::execute::EventTimes;
 use crate::source::Available;
 use crate::state::StateStore;
 use crate::telemetry::{
-    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
-    WatermarkHeldBy,
+    self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator,
+    TableProgress, WatermarkHeldBy,
 };
 use crate::window::watermark::WatermarkPolicy;
 
@@ -49,7 +49,8 @@ impl Session {
             files: *files,
             snapshot_id: entry.snapshots.get(&table.name).copied().flatten(),
         });
-        let state_operators = state.stats().queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
+        let stats = state.stats();
+        let state_operators = stats.queries.into_iter().zip(&query.pipeline.windows).map(|(stats, &table)| {
             let table = query.pipeline.tables[table].name.clone();
             StateOperator {
                 num_rows_total: stats.groups,
@@ -57,6 +58,8 @@ impl Session {
                 next_window_end_ms: stats.next_end_us.map(|us| us.div_euclid(1000)),
                 memory_used_bytes: stats.bytes,
                 num_rows_updated: None,
+                num_rows_removed: counts.windows.get(&table).copied().unwrap_or(0),
+                custom_metrics: StateMetrics { stored_windows: stats.stored_windows },
                 num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
                 table,
             }
@@ -95,6 +98,8 @@ impl Session {
                 missing_offsets: plan.offsets().saturating_sub(counts.records),
             },
             checkpoint_bytes: self.checkpoint_bytes,
+            state_files: stats.files,
+            state_file_bytes: stats.file_bytes,
             ..BatchProgress::default()
         }
     }

@@ -6,7 +6,9 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{Last, Session, StreamingQuery, blocking, warn_of_gap};
+use tokio::runtime::Handle;
+
+use super::{Last, Session, StreamingQuery, blocking, compaction, warn_of_gap};
 use crate::batch::{self, Gap, MicroBatch, Offsets, TopicPartition};
 use crate::checkpoint::{self, Checkpoint, LoggedPlan};
 use crate::config::Config;
@@ -15,7 +17,7 @@ use crate::error::Error;
 use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
 use crate::source::Available;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
-use crate::state::StateStore;
+use crate::state::{Reader, StateStore};
 use crate::window;
 
 impl Session {
@@ -68,16 +70,12 @@ impl Session {
         }
         let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
         let event_times = recovered.commit.as_ref().map(|c| c.event_times.clone()).unwrap_or_default();
-        let mut state = StateStore::new(pipeline.queries.clone());
-        for file in &state_files {
-            let bytes = checkpoint.read_state(file).await?;
-            let name = format!("{}/{}", checkpoint.url(), file.name);
-            state = blocking(move || {
-                state.apply(&bytes, evict_ms).map_err(|error| Error::StateFile { file: name, error })?;
-                Ok(state)
-            })
-            .await?;
-        }
+        let (queries, workers) = (pipeline.queries.clone(), pipeline.workers);
+        let reader = Reader::new(checkpoint.clone(), Handle::current());
+        let budget = config.state.memory_budget_bytes;
+        let files = state_files.clone();
+        let state =
+            blocking(move || Ok(StateStore::recover(queries, reader, &files, evict_ms, budget, workers)?)).await?;
         let bytes_per_record = recovered
             .commit
             .as_ref()
@@ -104,7 +102,7 @@ impl Session {
             tables: tables.into_iter().map(|table| (table.name, table.uuid)).collect(),
             source: Arc::new(Mutex::new(source)),
             state: Some(state),
-            state_files,
+            compaction: compaction::Background::default(),
             last,
             event_times,
             pending,

@@ -34,6 +34,7 @@ pub(super) struct GroupTable {
 }
 
 /// What a table holds, as columns that can be encoded and merged.
+#[derive(Clone)]
 pub(super) struct Partial {
     pub groups: usize,
     pub keys: Vec<ArrayRef>,
@@ -83,6 +84,9 @@ impl GroupTable {
     }
 
     pub fn merge(&mut self, query: &WindowQuery, partial: &Partial) -> Result<()> {
+        if partial.groups == 0 {
+            return Ok(());
+        }
         let mut indices = Vec::with_capacity(partial.groups);
         self.intern(query, &partial.keys, partial.groups, &mut indices)?;
         let mut states = partial.states.as_slice();

@@ -1,62 +1,82 @@
 //! Open windows, their groups and accumulators; deltas and runs.
 //!
 //! Owns: [`WindowQuery`] (one `[[windows]]` entry, compiled), [`Lane`] (the partial aggregation of one partition of one
-//! batch), [`StateStore`] (the open windows), the format of the files that make the state durable. Does not own: where
-//! those files lie and which of them count ([`crate::checkpoint`]), when windows close ([`crate::window`]).
+//! batch), [`StateStore`] (the open windows), the format of the files that make the state durable, which of the windows are in
+//! memory ([`residence`]), [`Compaction`] of the files. Does not own: where those files lie and which of them count
+//! ([`crate::checkpoint`]), when windows close ([`crate::window`]).
 //!
 //! Durable state is a log of mergeable partial aggregates: a batch is aggregated into partial states first, these are the
-//! delta, and merging them is how the store advances. So recovery is the same merge, from files, in the same order, and
-//! gives the same bits. Floats depend on that order: lanes are merged in the order given, never as they come in.
+//! delta, and merging them is how the store advances. So reading back is the same merge, from files, in the same order, and
+//! gives the same bits, whether at recovery or for a window that has left memory. Floats depend on that order: lanes are
+//! merged in the order given, never as they come in, and compaction only ever merges the oldest files.
 
+mod closed;
+mod compaction;
 mod file;
 mod groups;
 mod lane;
 mod late;
 mod query;
+mod residence;
+mod shard;
 #[cfg(test)]
 mod spark_vectors;
+mod stored;
+#[cfg(test)]
+mod stored_tests;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use arrow::array::{ArrayRef, AsArray, TimestampMicrosecondArray};
-use arrow::record_batch::RecordBatch;
+use arrow::array::{ArrayRef, AsArray};
 
+use crate::checkpoint::StateFile;
 use crate::error::Kind;
-use crate::transform::sql;
 use crate::window::closed;
-use groups::GroupTable;
+use closed::{Content, StoredWindow};
+use groups::{GroupTable, Partial};
+use shard::Shard;
 
+pub use closed::{ClosedWindow, Closing};
+pub use compaction::{Compacted, Compaction};
 pub use lane::Lane;
 pub use late::LateRows;
 pub use query::WindowQuery;
+pub use stored::{LiveFile, Reader, StoredWindowStats, open_windows};
 
-/// Rows of one batch that a closed window hands out.
-const OUTPUT_ROWS: usize = 64 * 1024;
+/// A partial of more groups is split by a hash of the key when it is written. Tests have few groups and split nevertheless.
+const SECTION_GROUPS: u64 = if cfg!(test) { 16 } else { 16 * 1024 };
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("state file is damaged: {0}; restore it from a copy of the checkpoint")]
-    Damaged(String),
+    #[error("state file {file} is damaged: {problem}; restore it from a copy of the checkpoint")]
+    Damaged { file: String, problem: String },
     #[error(
-        "state file was written for other windows (fingerprint {found:08x}, this configuration has {expected:08x}): size, \
+        "state file {file} was written for other windows (fingerprint {found:08x}, this configuration has {expected:08x}): size, \
          slide, start, time_zone, filter, group_by or aggregates of [[windows]] have changed; undo the change or start over with a new checkpoint"
     )]
-    OtherQueries { found: u32, expected: u32 },
+    OtherQueries { file: String, found: u32, expected: u32 },
+    #[error("window table {table}: its state cannot be read, though its checksum is right: {what}; report this")]
+    Undecodable { table: String, what: String },
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
     #[error("window table {table}: {message}")]
     Aggregate { table: String, message: String },
     #[error("column {column} of the batch is not the event time: {found} instead of a timestamp in microseconds")]
     EventTime { column: usize, found: String },
     #[error("internal error: a thread that merges state panicked")]
     Panicked,
+    #[error("failpoint {0}")]
+    Failpoint(&'static str),
 }
 
 impl Error {
     pub fn kind(&self) -> Kind {
         match self {
-            Error::Panicked => Kind::Transient,
+            Error::Panicked | Error::Failpoint(_) => Kind::Transient,
+            Error::Checkpoint(e) => e.kind(),
             _ => Kind::Fatal,
         }
     }
@@ -70,182 +90,238 @@ pub struct Delta {
     /// not be written.
     pub max_window_end_us: Option<i64>,
     pub groups: u64,
+    index: Arc<file::Index>,
+}
+
+impl Delta {
+    /// By which the commit log knows the file.
+    pub fn crc32(&self) -> u32 {
+        self.index.crc32
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueryStats {
     pub open_windows: u64,
+    /// Of the open windows, those that are in files only.
+    pub stored_windows: u64,
+    /// At most: a group of a window that is in files only counts once for every file that has some of it.
     pub groups: u64,
+    /// In memory.
     pub bytes: u64,
     /// Where its first open window ends: the next one to close.
     pub next_end_us: Option<i64>,
 }
 
-/// What is open, by query in the order of `[[windows]]`.
+/// What is open, by query in the order of `[[windows]]`, and the files that hold it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     pub queries: Vec<QueryStats>,
+    pub files: u64,
+    pub file_bytes: u64,
+}
+
+/// What comes into memory and leaves it as a whole: a window of a query, by its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Unit {
+    query: u32,
+    key: i64,
+}
+
+impl Unit {
+    fn show(self, query: &WindowQuery) -> String {
+        let start = jiff::Timestamp::from_microsecond(self.key);
+        let start = start.map_or_else(|_| format!("{} µs", self.key), |t| t.to_string());
+        format!("the window {start} of table {}", query.table())
+    }
+}
+
+fn query_of(queries: &[WindowQuery], unit: Unit) -> Result<&WindowQuery, Error> {
+    queries.get(unit.query as usize).ok_or(Error::Panicked)
 }
 
 /// The open windows of all queries. After an error it may be half advanced: drop it and recover.
 pub struct StateStore {
     queries: Arc<[WindowQuery]>,
-    /// By query: window start to groups.
-    open: Vec<BTreeMap<i64, GroupTable>>,
+    open: BTreeMap<Unit, Window>,
+    /// All files that make up the state, in the order in which they merge: runs, then deltas.
+    files: Arc<Vec<LiveFile>>,
+    /// None: everything stays in memory.
+    residence: Option<residence::Residence>,
+    /// Counts batches, to know which windows were touched longest ago.
+    clock: u64,
+}
+
+struct Window {
+    end_us: i64,
+    groups: Groups,
+    /// When a batch last had rows for it.
+    touched: u64,
+    /// How many groups the files have of it, at most.
+    stored_groups: u64,
+}
+
+enum Groups {
+    Resident(GroupTable),
+    /// In files only, but for what the batch in hand adds where the window closes with it.
+    Stored(Vec<Partial>),
 }
 
 /// One window that a batch touched, to be merged on some thread.
 struct Task {
-    query: usize,
-    start_us: i64,
-    table: Option<GroupTable>,
+    unit: Unit,
+    end_us: i64,
+    /// What there is of it already; None: it is new.
+    window: Option<Window>,
     lanes: Vec<GroupTable>,
 }
 
 struct Merged {
-    query: usize,
-    start_us: i64,
-    table: GroupTable,
-    /// One a lane, in their order; none if the window is about to close.
+    unit: Unit,
+    window: Window,
+    /// By lane, in their order; none if the window is about to close.
     sections: Vec<file::Section>,
 }
 
 impl StateStore {
+    /// Empty, without files: everything stays in memory. A running query begins with [`StateStore::recover`].
     pub fn new(queries: Arc<[WindowQuery]>) -> Self {
-        let open = queries.iter().map(|_| BTreeMap::new()).collect();
-        StateStore { queries, open }
+        StateStore { queries, open: BTreeMap::new(), files: Arc::default(), residence: None, clock: 0 }
     }
 
     /// Merges the lanes' partial aggregates in the order given, windows in parallel on up to `workers` threads, and gives the
-    /// delta: the partials of those windows that stay open after `evict_ms`.
+    /// delta: the partials of those windows that stay open after `evict_ms`. A window that is in files only stays there: what
+    /// the batch adds to it is in the delta.
     pub fn merge_lanes(&mut self, lanes: Vec<Lane>, evict_ms: i64, workers: usize) -> Result<Delta, Error> {
-        let mut touched: BTreeMap<(usize, i64), Vec<GroupTable>> = BTreeMap::new();
+        self.clock += 1;
+        let mut touched: BTreeMap<Unit, Vec<GroupTable>> = BTreeMap::new();
         for lane in lanes {
-            for (query, windows) in lane.into_windows().into_iter().enumerate() {
-                for (start_us, table) in windows {
-                    touched.entry((query, start_us)).or_default().push(table);
+            for (query, windows) in (0..).zip(lane.into_windows()) {
+                for (key, table) in windows {
+                    touched.entry(Unit { query, key }).or_default().push(table);
                 }
             }
         }
         let mut tasks = Vec::with_capacity(touched.len());
-        for ((query, start_us), lanes) in touched {
-            let table = self.open.get_mut(query).and_then(|windows| windows.remove(&start_us));
-            tasks.push(Task { query, start_us, table, lanes });
+        for (unit, lanes) in touched {
+            let end_us = query_of(&self.queries, unit)?.windowing().end(unit.key);
+            tasks.push(Task { unit, end_us, window: self.open.remove(&unit), lanes });
         }
-        let queries = self.queries.clone();
-        let mut merged = in_parallel(tasks, workers, |task| merge_window(&queries, task, evict_ms))?;
-        merged.sort_by_key(|m| (m.query, m.start_us));
-        let sections = merged.iter_mut().flat_map(|m| std::mem::take(&mut m.sections)).collect();
-        for Merged { query, start_us, table, .. } in merged {
-            if let Some(windows) = self.open.get_mut(query) {
-                windows.insert(start_us, table);
-            }
+        let (queries, clock) = (self.queries.clone(), self.clock);
+        let mut merged = in_parallel(tasks, workers, |task| merge_window(&queries, task, evict_ms, clock))?;
+        merged.sort_by_key(|m| m.unit);
+        let mut builder = file::Builder::new();
+        for Merged { unit, window, sections } in merged {
+            sections.iter().for_each(|section| builder.push(section));
+            self.open.insert(unit, window);
         }
-        Ok(file::encode(&self.queries, sections))
-    }
-
-    /// Recovery: merges a state file, a delta or a run, read back. Windows that `evict_ms` has closed are passed over.
-    pub fn apply(&mut self, file: &[u8], evict_ms: i64) -> Result<(), Error> {
-        for section in file::sections(&self.queries, file)? {
-            let Some(query) = self.queries.get(section.query) else { continue };
-            if closed(query.windowing().end(section.start_us), evict_ms) {
-                continue;
-            }
-            let partial = section.decode(query)?;
-            let windows = self.open.get_mut(section.query).ok_or(Error::Panicked)?;
-            let mut table = match windows.remove(&section.start_us) {
-                Some(table) => table,
-                None => GroupTable::new(query).map_err(|e| query.error(&e))?,
-            };
-            table.merge(query, &partial).map_err(|e| query.error(&e))?;
-            windows.insert(section.start_us, table);
-        }
-        Ok(())
+        Ok(builder.finish(&self.queries))
     }
 
     /// Removes and hands out the windows that `evict_ms` closes, by query and time.
-    pub fn close(&mut self, evict_ms: i64) -> Vec<ClosedWindow> {
-        let mut out = Vec::new();
-        for (index, (query, windows)) in self.queries.iter().zip(&mut self.open).enumerate() {
-            while let Some(first) = windows.first_entry() {
-                if !closed(query.windowing().end(*first.key()), evict_ms) {
-                    break;
-                }
-                let (start_us, table) = first.remove_entry();
-                out.push(ClosedWindow { queries: self.queries.clone(), query: index, start_us, table });
+    pub fn close(&mut self, evict_ms: i64) -> Vec<Closing> {
+        let done: Vec<Unit> = self.open.iter().filter(|(_, w)| closed(w.end_us, evict_ms)).map(|(u, _)| *u).collect();
+        let mut closing = Vec::new();
+        let mut stored: BTreeMap<Unit, StoredWindow> = BTreeMap::new();
+        for unit in done {
+            let Some(Window { end_us, groups, .. }) = self.open.remove(&unit) else { continue };
+            match groups {
+                Groups::Resident(table) => closing.push(Closing {
+                    queries: self.queries.clone(),
+                    content: Content::Resident { unit, end_us, table },
+                }),
+                Groups::Stored(lanes) => drop(stored.insert(unit, StoredWindow { unit, end_us, lanes })),
             }
         }
-        out
+        closing.extend(self.close_stored(stored));
+        closing
     }
 
-    /// The complete open state as one file, a run, which replaces all files before it. The accumulators can only give their
-    /// state away, so every window is taken out, encoded and merged back in; [`compact`] does the same from files, without
-    /// touching the store of a running query.
-    pub fn encode_run(&mut self) -> Result<Delta, Error> {
-        let mut sections = Vec::new();
-        for (index, (query, windows)) in self.queries.iter().zip(&mut self.open).enumerate() {
-            for (start_us, table) in windows.iter_mut() {
-                let fresh = GroupTable::new(query).map_err(|e| query.error(&e))?;
-                let partial = std::mem::replace(table, fresh).into_partial(query).map_err(|e| query.error(&e))?;
-                sections.push(file::Section::encode(query, index, *start_us, &partial)?);
-                table.merge(query, &partial).map_err(|e| query.error(&e))?;
+    /// The file now holds what the delta says. Call it once the file is durable, with every delta that has groups.
+    pub fn add(&mut self, file: StateFile, delta: &Delta) {
+        for entry in &delta.index.entries {
+            if let Some(window) = self.open.get_mut(&entry.unit) {
+                window.stored_groups += entry.groups;
             }
         }
-        Ok(file::encode(&self.queries, sections))
+        Arc::make_mut(&mut self.files).push(LiveFile { file, index: delta.index.clone() });
+    }
+
+    /// Forgets the files whose windows `evict_ms` has all closed.
+    pub fn drop_superfluous(&mut self, evict_ms: i64) {
+        let superfluous = |f: &LiveFile| f.file.max_window_end_us.is_some_and(|end| closed(end, evict_ms));
+        if self.files.iter().any(superfluous) {
+            Arc::make_mut(&mut self.files).retain(|f| !superfluous(f));
+        }
+    }
+
+    /// The files that make up the state, as the commit log is to name them.
+    pub fn files(&self) -> Vec<StateFile> {
+        self.files.iter().map(|live| live.file.clone()).collect()
     }
 
     pub fn stats(&self) -> Stats {
-        let of = |(query, windows): (&WindowQuery, &BTreeMap<i64, GroupTable>)| QueryStats {
-            open_windows: windows.len() as u64,
-            groups: windows.values().map(|t| t.groups() as u64).sum(),
-            bytes: windows.values().map(|t| t.bytes() as u64).sum(),
-            next_end_us: windows.keys().next().map(|start| query.windowing().end(*start)),
-        };
-        Stats { queries: self.queries.iter().zip(&self.open).map(of).collect() }
+        let mut queries = vec![QueryStats::default(); self.queries.len()];
+        for (unit, window) in &self.open {
+            let Some(stats) = queries.get_mut(unit.query as usize) else { continue };
+            stats.open_windows += 1;
+            stats.next_end_us = Some(stats.next_end_us.map_or(window.end_us, |end| end.min(window.end_us)));
+            match &window.groups {
+                Groups::Resident(table) => {
+                    stats.groups += table.groups() as u64;
+                    stats.bytes += table.bytes() as u64;
+                }
+                Groups::Stored(_) => {
+                    stats.groups += window.stored_groups;
+                    stats.stored_windows += 1;
+                }
+            }
+        }
+        let file_bytes = self.files.iter().map(|live| live.file.bytes).sum();
+        Stats { queries, files: self.files.len() as u64, file_bytes }
     }
 }
 
-/// The windows in a state file, `[start, end)` by query, without reading their groups.
-pub fn windows_of(queries: &[WindowQuery], file: &[u8]) -> Result<Vec<(usize, i64, i64)>, Error> {
-    let sections = file::sections(queries, file)?.into_iter();
-    let window = |section: file::SectionView<'_>| {
-        let query = queries.get(section.query)?;
-        Some((section.query, section.start_us, query.windowing().end(section.start_us)))
+fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64, clock: u64) -> Result<Merged, Error> {
+    let Task { unit, end_us, window, lanes } = task;
+    let query = query_of(queries, unit)?;
+    let stays_open = !closed(end_us, evict_ms);
+    let (mut table, mut stored, stored_groups) = match window {
+        None => (None, None, 0),
+        Some(Window { groups: Groups::Resident(table), stored_groups, .. }) => (Some(table), None, stored_groups),
+        Some(Window { groups: Groups::Stored(_), stored_groups, .. }) => (None, Some(Vec::new()), stored_groups),
     };
-    Ok(sections.filter_map(window).collect())
-}
-
-/// Merges state files, in the order in which they were written, into one run that replaces them.
-pub fn compact(queries: Arc<[WindowQuery]>, files: &[&[u8]], evict_ms: i64) -> Result<Delta, Error> {
-    let mut store = StateStore::new(queries);
-    for file in files {
-        store.apply(file, evict_ms)?;
-    }
-    store.encode_run()
-}
-
-fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64) -> Result<Merged, Error> {
-    let Task { query: index, start_us, mut table, lanes } = task;
-    let query = queries.get(index).ok_or(Error::Panicked)?;
-    let stays_open = !closed(query.windowing().end(start_us), evict_ms);
     let mut sections = Vec::new();
     for lane in lanes {
-        if table.is_none() && !stays_open {
+        if table.is_none() && stored.is_none() && !stays_open {
             table = Some(lane);
             continue;
         }
         let partial = lane.into_partial(query).map_err(|e| query.error(&e))?;
-        if stays_open {
-            sections.push(file::Section::encode(query, index, start_us, &partial)?);
+        match &mut stored {
+            Some(lanes) if !stays_open => lanes.push(partial.clone()),
+            Some(_) => {}
+            None => {
+                let into = match table.take() {
+                    Some(table) => table,
+                    None => GroupTable::new(query).map_err(|e| query.error(&e))?,
+                };
+                table.insert(into).merge(query, &partial).map_err(|e| query.error(&e))?;
+            }
         }
-        let into = match table.take() {
-            Some(table) => table,
-            None => GroupTable::new(query).map_err(|e| query.error(&e))?,
-        };
-        table.insert(into).merge(query, &partial).map_err(|e| query.error(&e))?;
+        if stays_open {
+            for (shard, partial) in
+                shard::split(query, partial, Shard::WHOLE, SECTION_GROUPS).map_err(|e| query.error(&e))?
+            {
+                sections.push(file::Section::encode(query, unit, shard, end_us, &partial)?);
+            }
+        }
     }
-    let table = table.ok_or(Error::Panicked)?;
-    Ok(Merged { query: index, start_us, table, sections })
+    let groups = match stored {
+        Some(lanes) => Groups::Stored(lanes),
+        None => Groups::Resident(table.ok_or(Error::Panicked)?),
+    };
+    Ok(Merged { unit, window: Window { end_us, groups, touched: clock, stored_groups }, sections })
 }
 
 /// Runs every task on up to `workers` threads. The results come in no particular order.
@@ -269,55 +345,6 @@ fn in_parallel<T: Send, R: Send>(
         }
         Ok(results)
     })
-}
-
-/// A window that the watermark has passed: ready to become rows.
-pub struct ClosedWindow {
-    queries: Arc<[WindowQuery]>,
-    query: usize,
-    start_us: i64,
-    table: GroupTable,
-}
-
-impl ClosedWindow {
-    /// Index of the query in `[[windows]]`.
-    pub fn query(&self) -> usize {
-        self.query
-    }
-
-    pub fn start_us(&self) -> i64 {
-        self.start_us
-    }
-
-    pub fn end_us(&self) -> i64 {
-        self.queries.get(self.query).map_or(i64::MAX, |q| q.windowing().end(self.start_us))
-    }
-
-    pub fn groups(&self) -> usize {
-        self.table.groups()
-    }
-
-    /// The rows of the window, in batches of at most 64 Ki, and the number of groups in which the sum of integers did not
-    /// fit into 64 bits: these sums are null.
-    pub fn evaluate(self) -> Result<(Vec<RecordBatch>, u64), Error> {
-        let end_us = self.end_us();
-        let query = self.queries.get(self.query).ok_or(Error::Panicked)?;
-        let rows = self.table.groups();
-        let (values, overflowed) = self.table.evaluate(query).map_err(|e| query.error(&e))?;
-        let mut batches = Vec::with_capacity(rows.div_ceil(OUTPUT_ROWS));
-        for offset in (0..rows).step_by(OUTPUT_ROWS) {
-            let len = OUTPUT_ROWS.min(rows - offset);
-            let mut columns: Vec<ArrayRef> = Vec::with_capacity(values.len() + 2);
-            for bound in [self.start_us, end_us] {
-                let array = TimestampMicrosecondArray::from_value(bound, len);
-                columns.push(Arc::new(array.with_timezone_opt(query.time_zone())));
-            }
-            columns.extend(values.iter().map(|v| v.slice(offset, len)));
-            let batch = sql::batch_of(query.output_schema(), columns, len).map_err(|e| query.error(&e.into()))?;
-            batches.push(batch);
-        }
-        Ok((batches, overflowed))
-    }
 }
 
 /// A decimal(38, 0) column of sums as int64; null and counted where it does not fit.

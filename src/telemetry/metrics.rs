@@ -40,6 +40,11 @@ pub const LATE_ROWS: &str = "floe_late_rows_total";
 pub const STATE_GROUPS: &str = "floe_state_groups";
 pub const STATE_WINDOWS: &str = "floe_state_windows";
 pub const STATE_BYTES: &str = "floe_state_bytes";
+pub const STATE_STORED_WINDOWS: &str = "floe_state_stored_windows";
+pub const STATE_FILES: &str = "floe_state_files";
+pub const STATE_FILE_BYTES: &str = "floe_state_file_bytes";
+pub const STATE_COMPACTIONS: &str = "floe_state_compactions_total";
+pub const STATE_COMPACTED_BYTES: &str = "floe_state_compacted_bytes_total";
 pub const CHECKPOINT_BYTES: &str = "floe_checkpoint_bytes";
 pub const WATERMARK: &str = "floe_watermark_timestamp_seconds";
 pub const WATERMARK_DELAY: &str = "floe_watermark_delay_seconds";
@@ -51,7 +56,7 @@ pub const LAST_COMMIT_AGE: &str = "floe_last_commit_age_seconds";
 pub const RETRIES: &str = "floe_retries_total";
 pub const ERRORS: &str = "floe_errors_total";
 
-const METRICS: [(&str, Type, Unit, &str); 32] = [
+const METRICS: [(&str, Type, Unit, &str); 37] = [
     (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
     (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
     (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
@@ -76,9 +81,19 @@ const METRICS: [(&str, Type, Unit, &str); 32] = [
     (BREAKER_OPEN, Gauge, Unit::Count, "1 while a batch is held back because too many of its records are refused."),
     (DEAD_LETTERS, Counter, Unit::Count, "Records refused, by reason."),
     (LATE_ROWS, Counter, Unit::Count, "Rows behind the watermark, by the window table that left them out."),
-    (STATE_GROUPS, Gauge, Unit::Count, "Open groups (window and key) of a window table."),
+    (
+        STATE_GROUPS,
+        Gauge,
+        Unit::Count,
+        "Open groups (window and key) of a window table; at most so many where windows are in the checkpoint only.",
+    ),
     (STATE_WINDOWS, Gauge, Unit::Count, "Open windows of a window table."),
     (STATE_BYTES, Gauge, Unit::Bytes, "Memory held by the open windows of a window table."),
+    (STATE_STORED_WINDOWS, Gauge, Unit::Count, "Open windows of a window table that are in the checkpoint only."),
+    (STATE_FILES, Gauge, Unit::Count, "Files of the checkpoint that make up the state."),
+    (STATE_FILE_BYTES, Gauge, Unit::Bytes, "Size of the files that make up the state."),
+    (STATE_COMPACTIONS, Counter, Unit::Count, "Times that state files were merged in the background."),
+    (STATE_COMPACTED_BYTES, Counter, Unit::Bytes, "Bytes of state files written by merging them."),
     (CHECKPOINT_BYTES, Gauge, Unit::Bytes, "Size of the checkpoint."),
     (WATERMARK, Gauge, Unit::Seconds, "The watermark, in seconds since the epoch; absent until there is one."),
     (WATERMARK_DELAY, Gauge, Unit::Seconds, "How far the watermark is behind the wall clock."),
@@ -130,7 +145,17 @@ pub(super) fn install() -> PrometheusHandle {
 /// Everything whose labels are known beforehand starts at 0: a rate needs a value to start from.
 pub(super) fn register() {
     gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    for total in [BATCHES, OFFSETS, RECORDS, MISSING_OFFSETS, FILTERED, DROPPED, RETRIES] {
+    for total in [
+        BATCHES,
+        OFFSETS,
+        RECORDS,
+        MISSING_OFFSETS,
+        FILTERED,
+        DROPPED,
+        RETRIES,
+        STATE_COMPACTIONS,
+        STATE_COMPACTED_BYTES,
+    ] {
         counter!(total).increment(0);
     }
     gauge!(BREAKER_OPEN).set(0.0);
@@ -198,7 +223,10 @@ pub(super) fn record_batch(p: &BatchProgress) {
         gauge!(STATE_GROUPS, "table" => s.table.clone()).set(s.num_rows_total as f64);
         gauge!(STATE_WINDOWS, "table" => s.table.clone()).set(s.num_windows as f64);
         gauge!(STATE_BYTES, "table" => s.table.clone()).set(s.memory_used_bytes as f64);
+        gauge!(STATE_STORED_WINDOWS, "table" => s.table.clone()).set(s.custom_metrics.stored_windows as f64);
     }
+    gauge!(STATE_FILES).set(p.state_files as f64);
+    gauge!(STATE_FILE_BYTES).set(p.state_file_bytes as f64);
     gauge!(CHECKPOINT_BYTES).set(p.checkpoint_bytes as f64);
     record_partitions(p);
 }
@@ -221,6 +249,11 @@ fn record_partitions(p: &BatchProgress) {
 
 pub(super) fn record_lag(topic: &str, partition: i32, lag: u64) {
     gauge!(LAG, "topic" => topic.to_string(), "partition" => partition.to_string()).set(lag as f64);
+}
+
+pub(super) fn record_compaction(bytes_written: u64) {
+    counter!(STATE_COMPACTIONS).increment(1);
+    counter!(STATE_COMPACTED_BYTES).increment(bytes_written);
 }
 
 pub(super) fn record_retry() {

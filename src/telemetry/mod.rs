@@ -20,8 +20,8 @@ use uuid::Uuid;
 pub use self::http::serve;
 pub use self::logs::{init_logs, init_logs_at};
 pub use self::progress::{
-    BatchProgress, Counts, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
-    WatermarkHeldBy, rfc3339,
+    BatchProgress, Counts, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateMetrics, StateOperator,
+    TableProgress, WatermarkHeldBy, rfc3339,
 };
 use crate::batch::TopicPartition;
 use crate::clock::{self, ClockMs};
@@ -159,6 +159,11 @@ impl Telemetry {
     pub fn breaker(&self, open_because: Option<String>) {
         metrics::record_breaker(open_because.is_some());
         self.set_ready(open_because);
+    }
+
+    /// State files were merged in the background, and what came of it is in use.
+    pub fn compaction(&self, bytes_written: u64) {
+        metrics::record_compaction(bytes_written);
     }
 
     /// A batch is committed. Call it once a batch, also when recovery finds that only its commit log was missing.

@@ -30,6 +30,9 @@ pub struct BatchProgress {
     pub sink: SinkProgress,
     pub counts: Counts,
     pub checkpoint_bytes: u64,
+    /// The files that make up the state, a part of the checkpoint.
+    pub state_files: u64,
+    pub state_file_bytes: u64,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -75,8 +78,19 @@ pub struct StateOperator {
     pub memory_used_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_rows_updated: Option<u64>,
+    /// Groups that left with the windows that this batch closed.
+    pub num_rows_removed: u64,
     /// Late rows of this batch.
     pub num_rows_dropped_by_watermark: u64,
+    pub custom_metrics: StateMetrics,
+}
+
+/// What Spark has no name for.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StateMetrics {
+    /// Of the open windows, those that are in the checkpoint only. Their groups are counted at most.
+    pub stored_windows: u64,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]

@@ -52,6 +52,8 @@ mod security;
 mod shutdown;
 /// The source reads exactly the planned ranges, whatever brokers, transactions and retention do.
 mod source;
+/// State larger than its budget: windows leave memory, whatever is killed meanwhile, and damage is named.
+mod state;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.
 mod triggers;
 /// Tables stay small and fast, whatever the number of commits.

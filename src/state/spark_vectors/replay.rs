@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::json::{FromJson, double, rfc3339};
 use crate::config::TransformConfig;
-use crate::state::tests::config;
+use crate::state::tests::{close, config};
 use crate::state::{Delta, Lane, StateStore, WindowQuery};
 use crate::transform::Transform;
 use crate::window::{INITIAL_WATERMARK_MS, Windowing, advance, closed, runs_without_data};
@@ -194,7 +194,7 @@ impl Pipeline {
     fn recover(&self, durable: &Durable) -> StateStore {
         let mut store = StateStore::new(self.queries.clone());
         for delta in &durable.deltas {
-            store.apply(&delta.bytes, durable.evict_ms).unwrap();
+            store.apply(delta, durable.evict_ms).unwrap();
         }
         store
     }
@@ -220,7 +220,7 @@ impl Pipeline {
         let next_ms = advance(evict_ms, lane.max_event_time_us(), self.delay_ms);
         let delta = store.merge_lanes(vec![lane], evict_ms, 2).map_err(|e| e.to_string())?;
         let mut emitted = Vec::new();
-        for window in store.close(evict_ms) {
+        for window in close(store, evict_ms) {
             for batch in window.evaluate().map_err(|e| e.to_string())?.0 {
                 emitted.extend((0..batch.num_rows()).map(|row| show_row(batch.columns(), row)));
             }

@@ -1,0 +1,104 @@
+//! Compaction of the state files beside the batches: when it is started, taken over, and waited for.
+//!
+//! Owns: the one compaction that may be running. Does not own: what it does ([`crate::state::Compaction`]). A batch waits for it
+//! only when so many deltas have piled up that going on would make recovery slower and slower.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use tokio::task::JoinHandle;
+
+use super::{CancelOnDrop, millis};
+use crate::batch::BatchId;
+use crate::error::{Error, Kind};
+use crate::failpoint;
+use crate::state::{self, Compacted, Compaction, StateStore};
+
+/// So many deltas are too many: the next batch waits until they are merged.
+const TOO_MANY_DELTAS: usize = 256;
+
+#[derive(Default)]
+pub(super) struct Background {
+    running: Option<Running>,
+}
+
+struct Running {
+    task: JoinHandle<Result<Option<Compacted>, state::Error>>,
+    started: Instant,
+    in_use: Vec<String>,
+    /// Ends it when the session ends.
+    _cancel: CancelOnDrop,
+}
+
+impl Background {
+    /// Before a batch: what is finished replaces the files that it was made from. `last` is the last committed batch and
+    /// its watermark.
+    pub async fn before_batch(
+        &mut self,
+        store: &mut StateStore,
+        last: Option<(BatchId, i64)>,
+    ) -> Result<Option<Compacted>, Error> {
+        let too_many = store.deltas() >= TOO_MANY_DELTAS;
+        if too_many {
+            tracing::warn!(deltas = store.deltas(), "the batch waits for the compaction of state files");
+            self.start(store, last);
+        }
+        if !too_many && !self.running.as_ref().is_some_and(|r| r.task.is_finished()) {
+            return Ok(None);
+        }
+        let Some(Running { task, started, .. }) = self.running.take() else { return Ok(None) };
+        match task.await {
+            Ok(Ok(compacted)) => {
+                if let Some(compacted) = &compacted {
+                    let (read, written) = compacted.files();
+                    tracing::info!(
+                        files_read = read,
+                        files_written = written,
+                        bytes_read = compacted.bytes_read,
+                        bytes_written = compacted.bytes_written,
+                        ms = millis(started),
+                        "state files compacted"
+                    );
+                }
+                Ok(compacted)
+            }
+            Ok(Err(e)) if e.kind() == Kind::Fatal => Err(e.into()),
+            // Nothing rests on it: it is tried again after the batch. Unless the batches wait for it.
+            Ok(Err(e)) if too_many => Err(e.into()),
+            Ok(Err(e)) => {
+                tracing::warn!(error = %e, "compaction of state files failed; it is tried again after the next batch");
+                Ok(None)
+            }
+            Err(e) => Err(Error::Internal(format!("the compaction of state files did not end well: {e}"))),
+        }
+    }
+
+    /// After a batch: starts a compaction if one is due and none is running.
+    pub fn start(&mut self, store: &StateStore, last: Option<(BatchId, i64)>) {
+        let Some((batch, evict_ms)) = last.filter(|_| self.running.is_none()) else { return };
+        let Some(compaction) = store.compaction(batch, evict_ms) else { return };
+        tracing::debug!(files = compaction.files(), "compacting state files");
+        let cancelled: Arc<AtomicBool> = compaction.cancelled();
+        self.running = Some(Running {
+            in_use: Compaction::in_use(&compaction),
+            task: tokio::task::spawn_blocking(move || compaction.run()),
+            started: Instant::now(),
+            _cancel: CancelOnDrop(cancelled),
+        });
+    }
+
+    /// Beginnings of the names of the files that a purge has to leave.
+    pub fn in_use(&self) -> Vec<String> {
+        self.running.as_ref().map(|r| r.in_use.clone()).unwrap_or_default()
+    }
+}
+
+/// Takes over what a compaction has made.
+pub(super) fn adopt(store: &mut StateStore, compacted: Compacted) -> Result<(), Error> {
+    store.adopt(compacted);
+    match failpoint::hit("state.adopted") {
+        true => Err(Error::Internal("failpoint state.adopted".into())),
+        false => Ok(()),
+    }
+}

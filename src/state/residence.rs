@@ -1,0 +1,210 @@
+//! Which open windows are in memory.
+//!
+//! Every open window is in the files, which are the state; some are in memory as well, so that closing them needs no
+//! reading. What is beyond `state.memory_budget` leaves memory after a batch, the windows touched longest ago first, and is
+//! not missed until it closes: a batch that touches such a window only writes its delta. So there is nothing to write when a
+//! window leaves and nothing to read when one is touched, and memory is bounded by the budget, one batch and what is read
+//! at once. Does not own: the files. Invariant: what a window comes to does not depend on whether it was in memory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::closed::{Closing, Content, Stored, StoredWindow};
+use super::groups::GroupTable;
+use super::query::WindowQuery;
+use super::stored::{self, Extent, LiveFile, Reader, Span};
+use super::{Error, Groups, StateStore, Unit, Window, in_parallel, query_of};
+use crate::checkpoint::StateFile;
+use crate::failpoint;
+
+/// A group takes more in memory than in a file: a slot in a hash table, room to grow. For planning only; what is held is
+/// measured.
+const MEMORY_PER_FILE_BYTE: u64 = 3;
+
+pub(super) struct Residence {
+    pub reader: Reader,
+    pub budget_bytes: u64,
+    /// How much is read from files at once, by each of the threads that read: little against the budget.
+    pub share: u64,
+}
+
+impl StateStore {
+    /// The state that the files make up, without the windows that `evict_ms` has closed. As many windows as the budget allows
+    /// come into memory, those touched last first. Blocks.
+    pub fn recover(
+        queries: Arc<[WindowQuery]>,
+        reader: Reader,
+        files: &[StateFile],
+        evict_ms: i64,
+        budget_bytes: u64,
+        workers: usize,
+    ) -> Result<StateStore, Error> {
+        let files = reader.block_on(reader.open(&queries, files))?;
+        let residence = Residence { reader, budget_bytes, share: (budget_bytes / 32).clamp(1 << 20, 32 << 20) };
+        let extents = stored::extents(&files, evict_ms);
+        let window = |extent: &Extent| Window {
+            end_us: extent.end_us,
+            groups: Groups::Stored(Vec::new()),
+            touched: extent.last_file as u64,
+            stored_groups: extent.groups,
+        };
+        let mut store = StateStore {
+            open: extents.iter().map(|(unit, extent)| (*unit, window(extent))).collect(),
+            clock: files.len() as u64,
+            files: Arc::new(files),
+            residence: None,
+            queries,
+        };
+        let mut wanted: Vec<(Unit, Extent)> = extents.into_iter().collect();
+        wanted.sort_by_key(|(unit, e)| (std::cmp::Reverse(e.last_file), e.end_us, *unit));
+        let mut held = 0;
+        loop {
+            // The files may have a group many times, so there may be room for more than was planned.
+            let mut planned = held;
+            let fits = wanted.iter().take_while(|(_, extent)| {
+                planned += extent.bytes * MEMORY_PER_FILE_BYTE;
+                planned <= budget_bytes
+            });
+            let mut chosen: Vec<(Unit, u64)> = fits.map(|(unit, extent)| (*unit, extent.bytes)).collect();
+            if chosen.is_empty() {
+                break;
+            }
+            wanted.drain(..chosen.len());
+            chosen.sort();
+            held += store.load(&residence, chosen, workers)?;
+        }
+        store.residence = Some(residence);
+        store.shrink()?;
+        Ok(store)
+    }
+
+    /// Brings windows into memory, which come in order with their bytes in files. Returns the memory they take.
+    fn load(&mut self, residence: &Residence, units: Vec<(Unit, u64)>, workers: usize) -> Result<u64, Error> {
+        // The shards of a large window go into one table, one after another.
+        let mut tasks: Vec<Vec<Span>> = Vec::new();
+        for span in stored::spans(units, residence.share) {
+            match tasks.last_mut() {
+                Some(spans) if spans.first().is_some_and(|s| s.shard.bits > 0 && s.units == span.units) => {
+                    spans.push(span);
+                }
+                _ => tasks.push(vec![span]),
+            }
+        }
+        let (queries, files) = (self.queries.clone(), self.files.clone());
+        let loaded = in_parallel(tasks, workers, |spans| {
+            let tables = read_tables(&queries, &residence.reader, &files, &spans)?;
+            if failpoint::hit("state.recovery") {
+                return Err(Error::Failpoint("state.recovery"));
+            }
+            Ok(tables)
+        })?;
+        let mut held = 0;
+        for (unit, table) in loaded.into_iter().flatten() {
+            held += table.bytes() as u64;
+            if let Some(window) = self.open.get_mut(&unit) {
+                window.groups = Groups::Resident(table);
+            }
+        }
+        Ok(held)
+    }
+
+    /// Lets windows leave memory until what stays is within the budget: those touched longest ago, and of these the ones
+    /// that close last. Only between batches: every window has to be in the files as it is. Returns how many have left.
+    pub fn shrink(&mut self) -> Result<u64, Error> {
+        let Some(Residence { budget_bytes, .. }) = self.residence else { return Ok(0) };
+        let mut resident = Vec::new();
+        let mut held = 0;
+        for (unit, window) in &self.open {
+            if let Groups::Resident(table) = &window.groups {
+                let bytes = table.bytes() as u64;
+                held += bytes;
+                resident.push((window.touched, std::cmp::Reverse(window.end_us), *unit, bytes));
+            }
+        }
+        if held <= budget_bytes {
+            return Ok(0);
+        }
+        resident.sort();
+        let mut left = 0;
+        for (.., unit, bytes) in resident {
+            if held <= budget_bytes {
+                break;
+            }
+            if let Some(window) = self.open.get_mut(&unit) {
+                window.groups = Groups::Stored(Vec::new());
+                held -= bytes;
+                left += 1;
+            }
+            if failpoint::hit("state.spill") {
+                return Err(Error::Failpoint("state.spill"));
+            }
+        }
+        Ok(left)
+    }
+
+    /// Closed windows that are in files only: neighbours that are small are read together.
+    pub(super) fn close_stored(&self, mut windows: BTreeMap<Unit, StoredWindow>) -> Vec<Closing> {
+        let Some(residence) = self.residence.as_ref().filter(|_| !windows.is_empty()) else { return Vec::new() };
+        let bytes = |unit: Unit| -> u64 {
+            self.files.iter().flat_map(|f| f.index.between(unit, unit)).map(|entry| entry.length).sum()
+        };
+        let sizes: BTreeMap<Unit, u64> = windows.keys().map(|unit| (*unit, bytes(*unit))).collect();
+        // Of the shards of a large window, the first one stands for all.
+        let spans = stored::spans(sizes.clone(), residence.share).into_iter().filter(|span| span.shard.prefix == 0);
+        let content = |span: Span| {
+            Content::Stored(Stored {
+                reader: residence.reader.clone(),
+                files: self.files.clone(),
+                windows: span.units.iter().filter_map(|unit| windows.remove(unit)).collect(),
+                bytes: span.units.iter().filter_map(|unit| sizes.get(unit)).sum(),
+                share: residence.share,
+            })
+        };
+        spans.map(content).map(|content| Closing { queries: self.queries.clone(), content }).collect()
+    }
+}
+
+/// Reads windows: several with one span, or one with the spans of its shards.
+fn read_tables(
+    queries: &[WindowQuery],
+    reader: &Reader,
+    files: &[LiveFile],
+    spans: &[Span],
+) -> Result<Vec<(Unit, GroupTable)>, Error> {
+    let mut tables: BTreeMap<Unit, GroupTable> = BTreeMap::new();
+    for span in spans {
+        for (unit, pieces) in reader.fetch(queries, files, span)? {
+            let query = query_of(queries, unit)?;
+            let mut table = match tables.remove(&unit) {
+                Some(table) => table,
+                None => GroupTable::new(query).map_err(|e| query.error(&e))?,
+            };
+            stored::merge(query, &mut table, &pieces, span.shard)?;
+            tables.insert(unit, table);
+        }
+    }
+    Ok(tables.into_iter().collect())
+}
+
+#[cfg(test)]
+impl StateStore {
+    /// Merges the bytes of a delta into windows in memory, as recovery does with files.
+    pub(super) fn apply(&mut self, delta: &super::Delta, evict_ms: i64) -> Result<(), Error> {
+        for entry in delta.index.entries.iter().filter(|e| !crate::window::closed(e.end_us, evict_ms)) {
+            let query = query_of(&self.queries, entry.unit)?;
+            let range = entry.offset as usize..(entry.offset + entry.length) as usize;
+            let bytes = bytes::Bytes::copy_from_slice(&delta.bytes[range]);
+            let pieces = vec![(0, super::file::Sections::new(query, "a delta", *entry, bytes)?)];
+            let fresh = || Window {
+                end_us: entry.end_us,
+                groups: Groups::Resident(GroupTable::new(query).unwrap()),
+                touched: 0,
+                stored_groups: 0,
+            };
+            let window = self.open.entry(entry.unit).or_insert_with(fresh);
+            let Groups::Resident(table) = &mut window.groups else { panic!("it is in memory") };
+            stored::merge(query, table, &pieces, entry.shard)?;
+        }
+        Ok(())
+    }
+}
