@@ -16,6 +16,7 @@ mod registry;
 pub mod settings;
 #[cfg(test)]
 mod tests;
+mod types;
 pub(crate) mod units;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ pub use error::{ConfigError, ConfigErrors, Place};
 pub use registry::RegistryConfig;
 
 use crate::batch::Offsets;
+use crate::decode::route::When;
 use crate::schema::Schema;
 use crate::trigger::Trigger;
 use crate::window::Windowing;
@@ -40,14 +42,13 @@ pub struct Config {
     pub name: String,
     pub source: SourceConfig,
     pub trigger: Trigger,
-    pub schema: Arc<Schema>,
+    /// What records are held to and where their rows go: one, or those of `[[types]]`.
+    pub types: Vec<TypeConfig>,
     /// Where the schemas of framed records are. None: payloads are plain JSON.
     pub registry: Option<RegistryConfig>,
-    pub transform: TransformConfig,
     pub quality: QualityConfig,
     /// None: no windows and no watermark.
     pub event_time: Option<EventTimeConfig>,
-    pub rows: Option<TableConfig>,
     pub windows: Vec<WindowConfig>,
     pub dead_letters: TableConfig,
     /// A topic that gets every dead letter as well.
@@ -98,7 +99,7 @@ impl Config {
                 |late: &&TableConfig| self.windows[..index].iter().any(|w| w.late_table.as_ref() == Some(late));
             std::iter::once(&window.table).chain(window.late_table.as_ref().filter(|late| !shared(late)))
         });
-        self.rows.iter().chain(windows).chain(std::iter::once(&self.dead_letters))
+        self.types.iter().filter_map(|t| t.rows.as_ref()).chain(windows).chain(std::iter::once(&self.dead_letters))
     }
 
     /// What a reader of the tables may rely on, as it follows from the configuration.
@@ -169,6 +170,19 @@ pub enum StartingOffsets {
     Explicit(Offsets),
 }
 
+/// Records of one kind.
+#[derive(Clone, Debug)]
+pub struct TypeConfig {
+    /// Empty for the only one of a pipeline without `[[types]]`.
+    pub name: String,
+    pub when: When,
+    pub schema: Arc<Schema>,
+    pub transform: TransformConfig,
+    /// Its column of event times. None: its rows have no say in the watermark.
+    pub event_time: Option<String>,
+    pub rows: Option<TableConfig>,
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct TransformConfig {
     pub filter: Option<String>,
@@ -186,6 +200,8 @@ pub struct QualityConfig {
 
 #[derive(Clone, Debug)]
 pub struct ExpectationConfig {
+    /// Index of the message type whose rows it looks at.
+    pub of: usize,
     pub name: String,
     pub sql: String,
     pub on_fail: OnFail,
@@ -248,6 +264,8 @@ pub struct TableConfig {
 
 #[derive(Clone, Debug)]
 pub struct WindowConfig {
+    /// Index of the message type whose rows it aggregates.
+    pub of: usize,
     pub table: TableConfig,
     pub windowing: Windowing,
     /// SQL over the columns of a row: the rows that the windows are made of. None: all.

@@ -166,7 +166,7 @@ fn a_minimal_file_takes_every_default() {
     assert!(c.source.fail_on_data_loss);
     assert_eq!(c.trigger, Trigger::ProcessingTime(Duration::from_secs(10)));
     assert!(c.event_time.is_none());
-    assert!(c.rows.unwrap().provenance);
+    assert!(c.types[0].rows.clone().unwrap().provenance);
     assert_eq!(c.dead_letters.table, "telemetry.dead_letters");
     let CatalogConfig::Sqlite { path, warehouse } = c.catalog;
     assert_eq!((path.to_str().unwrap(), warehouse.as_str()), ("data/catalog.db", "data/warehouse"));
@@ -197,13 +197,13 @@ fn a_full_file_is_read_as_it_is_written() {
     assert_eq!(c.source.kafka["sasl.username"], "floe");
     assert_eq!(c.source.kafka["session.timeout.ms"], "45000");
     assert_eq!(c.trigger, Trigger::ProcessingTime(Duration::from_secs(5)));
-    assert_eq!(c.transform.filter.as_deref(), Some("status <> 'test'"));
-    let names: Vec<&str> = c.transform.columns.iter().map(|(n, _)| n.as_str()).collect();
+    assert_eq!(c.types[0].transform.filter.as_deref(), Some("status <> 'test'"));
+    let names: Vec<&str> = c.types[0].transform.columns.iter().map(|(n, _)| n.as_str()).collect();
     assert_eq!(names, ["battery_low", "a_first"], "in the order of the file");
     let event_time = c.event_time.unwrap();
     assert_eq!(event_time.watermark_delay, Duration::from_secs(1_200));
     assert_eq!(event_time.max_future, Some(Duration::from_secs(3_600)));
-    let rows = c.rows.unwrap();
+    let rows = c.types[0].rows.clone().unwrap();
     assert_eq!(rows.partition_by, ["day(event_timestamp)", "bucket(16, device_id)"]);
     assert_eq!(rows.sort_by, ["device_id desc"]);
     assert_eq!(rows.properties["write.parquet.compression-codec"], "zstd");
@@ -324,8 +324,8 @@ fn entries_of_maps_have_variables_too() {
     let c = case.load(FULL).unwrap();
     assert_eq!(c.source.kafka["sasl.password"], "other");
     assert_eq!(c.source.kafka["ssl.ca.location"], "/ca.pem");
-    assert_eq!(c.transform.columns[0].1, "battery_level < 10");
-    assert_eq!(c.rows.unwrap().properties["write.parquet.compression-codec"], "gzip");
+    assert_eq!(c.types[0].transform.columns[0].1, "battery_level < 10");
+    assert_eq!(c.types[0].rows.clone().unwrap().properties["write.parquet.compression-codec"], "gzip");
     assert_eq!(c.windows[0].aggregates[0].1, "count(status)");
 }
 

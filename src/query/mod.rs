@@ -61,8 +61,7 @@ pub async fn run_observed(
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
-    let expectations = pipeline.expectations.iter().flat_map(|e| e.iter());
-    telemetry.expectations(&expectations.map(|e| (e.name.clone(), e.on_fail.name())).collect::<Vec<_>>());
+    telemetry.expectations(&pipeline.expectations().map(|e| (e.name.clone(), e.on_fail.name())).collect::<Vec<_>>());
     telemetry.tables(&names(&(0..pipeline.tables.len()).collect::<Vec<_>>()), &names(&pipeline.windows));
     if let Some(listen) = config.http.listen {
         crate::telemetry::serve(listen, telemetry.clone(), shutdown.clone())
@@ -503,7 +502,7 @@ impl Session {
 
 /// Once a batch, and only for one that is committed.
 fn report_expectations(query: &StreamingQuery, batch: BatchId, counts: &Counts) {
-    for expectation in query.pipeline.expectations.iter().flat_map(|e| e.iter()) {
+    for expectation in query.pipeline.expectations() {
         let failures = counts.expectations.get(&expectation.name).copied().unwrap_or(0);
         query.telemetry.expectation_failures(&expectation.name, expectation.on_fail.name(), failures);
         if failures > 0 && expectation.on_fail == OnFail::Warn {

@@ -271,7 +271,7 @@ impl Pipeline {
         late_ms: i64,
         evict_ms: i64,
     ) -> Result<Ran, String> {
-        let mut lane = Lane::new(self.queries.clone(), self.event_time, late_ms);
+        let mut lane = Lane::new(self.queries.clone(), (0..self.queries.len()).collect(), self.event_time, late_ms);
         for batch in &input {
             let decoded = self.decode(list(&inputs[*batch as usize]));
             let kept = self.transform.apply(&decoded).map_err(|e| e.to_string())?;
