@@ -27,6 +27,7 @@ use uuid::Uuid;
 use crate::batch::MicroBatch;
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
+use crate::decode::registry::BatchRegistry;
 use crate::decode::route::Split;
 use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
@@ -48,11 +49,13 @@ pub struct Executed {
 }
 
 /// Runs one attempt at a batch. Blocks; `cancel` makes it stop within a fraction of a second.
+#[allow(clippy::too_many_arguments)]
 pub fn execute(
     pipeline: &Arc<Pipeline>,
     sink: &IcebergSink,
     mut state: StateStore,
     plan: &MicroBatch,
+    registry: Option<Arc<BatchRegistry>>,
     chunks: Chunks,
     attempt: Uuid,
     cancel: &AtomicBool,
@@ -62,6 +65,7 @@ pub fn execute(
         pipeline,
         sink,
         plan,
+        registry,
         attempt,
         cancel,
         chunks: Mutex::new(chunks),
@@ -204,6 +208,7 @@ struct Job<'a> {
     pipeline: &'a Pipeline,
     sink: &'a IcebergSink,
     plan: &'a MicroBatch,
+    registry: Option<Arc<BatchRegistry>>,
     attempt: Uuid,
     cancel: &'a AtomicBool,
     chunks: Mutex<Chunks>,
@@ -219,7 +224,7 @@ impl<'a> Job<'a> {
     }
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
-        let mut decoders = self.pipeline.decoders();
+        let mut decoders = self.pipeline.decoders(self.registry.as_ref());
         let mut writers = self.writers(worker);
         let mut counts = Counts::default();
         while let Some(chunk) = self.next_chunk()? {

@@ -10,7 +10,7 @@ use arrow::datatypes::SchemaRef;
 use crate::config::{Config, TableConfig};
 use crate::dead_letter;
 use crate::decode::RecordDecoder;
-use crate::decode::registry::Registry;
+use crate::decode::registry::{BatchRegistry, Registry};
 use crate::decode::route::Router;
 use crate::execute;
 use crate::late;
@@ -142,8 +142,8 @@ impl Pipeline {
     }
 
     /// One for each type: what a worker decodes with.
-    pub fn decoders(&self) -> Vec<RecordDecoder> {
-        self.types.iter().map(|of| RecordDecoder::new(of.schema.clone(), self.registry.clone())).collect()
+    pub fn decoders(&self, registry: Option<&Arc<BatchRegistry>>) -> Vec<RecordDecoder> {
+        self.types.iter().map(|of| RecordDecoder::new(of.schema.clone(), registry.cloned())).collect()
     }
 }
 

@@ -1,8 +1,11 @@
 //! What a query and its operator tell each other through the checkpoint: `control/held-<batch>.json`, by the query, that it
-//! holds the batch back; `control/resume-<batch>.json`, by a person, that this very plan is to be committed nevertheless.
+//! holds the batch back; `control/resume-<batch>.json`, by a person, that this very plan is to be committed nevertheless. And
+//! what a query tells its next attempt: `control/unknown-<batch>.json`, which schema ids the registry did not know.
 //!
-//! Owns: the two files. Does not own: when a batch is held back. Like every other file of a checkpoint they are created if
+//! Owns: the three files. Does not own: when a batch is held back, or what an unknown id means. Like every other file of a checkpoint they are created if
 //! absent and never edited; they go when the logs of their batch go.
+
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +27,14 @@ pub struct Held {
 struct Resume {
     batch: BatchId,
     plan_digest: String,
+}
+
+/// With it, an execution of the batch depends on nothing that could be another way the next time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Unknown {
+    batch: BatchId,
+    plan_digest: String,
+    schema_ids: BTreeSet<u32>,
 }
 
 fn name(kind: &str, batch: BatchId) -> String {
@@ -58,6 +69,35 @@ pub(super) async fn resume(files: &Files, plan: &LoggedPlan) -> Result<(), Error
 pub(super) async fn is_resumed(files: &Files, batch: BatchId, plan_digest: &str) -> Result<bool, Error> {
     let found: Option<(Resume, _)> = files.read_json(&name("resume", batch)).await?;
     Ok(found.is_some_and(|(resume, _)| resume.batch == batch && resume.plan_digest == plan_digest))
+}
+
+/// False when another execution of the batch has logged other ids: this one must not be committed.
+pub(super) async fn log_unknown_ids(
+    files: &Files,
+    batch: BatchId,
+    plan_digest: &str,
+    schema_ids: BTreeSet<u32>,
+) -> Result<bool, Error> {
+    let file = name("unknown", batch);
+    let ours = Unknown { batch, plan_digest: plan_digest.to_string(), schema_ids };
+    Ok(match files.create(&file, &files.encode(&file, &ours)?).await? {
+        Created::Ours => true,
+        Created::Theirs(bytes) => files.decode::<Unknown>(&file, &bytes)? == ours,
+    })
+}
+
+pub(super) async fn unknown_ids(
+    files: &Files,
+    batch: BatchId,
+    plan_digest: &str,
+) -> Result<Option<BTreeSet<u32>>, Error> {
+    let file = name("unknown", batch);
+    match files.read_json::<Unknown>(&file).await? {
+        Some((found, _)) if found.plan_digest != plan_digest => {
+            Err(files.damaged(&file, "it names another plan than the one that is logged"))
+        }
+        found => Ok(found.map(|(found, _)| found.schema_ids)),
+    }
 }
 
 /// Files of batches before `keep_from`.

@@ -7,6 +7,7 @@
 //! commits/<batch>.json   done: plan digest, next watermark, state files that make up the state, snapshot ids, counts
 //! state/<batch>-<attempt>.delta | .run
 //! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
+//! control/unknown-<batch>.json                     schema ids that the registry did not know, where there is one
 //! ```
 //!
 //! The steps of batch N; other modules name them by these numbers.
@@ -15,7 +16,8 @@
 //!    ([`crate::batch::plan_ranges`]). A batch without data still runs when the watermark has closed a window.
 //! 2. **Log** `offsets/N`, create-if-absent ([`Checkpoint::log_plan`]). This is the fence: exactly one plan N exists.
 //! 3. **Execute**: a pure function of the plan, the state after N-1 and the configuration. Data files get names unique
-//!    to the attempt and are invisible until step 5.
+//!    to the attempt and are invisible until step 5. What a schema registry answers may change in one way: an id becomes known. So
+//!    what it did not know is logged before step 5 ([`Checkpoint::log_unknown_ids`]) and holds for every further attempt.
 //! 4. **Persist** the state delta of this attempt ([`Checkpoint::put_state`]).
 //! 5. **Commit** the tables. Each carries a marker: batch and digest of the plan, the bytes of `offsets/N`. A marker at N with
 //!    this digest: done, skip. Below N: commit. Anything else: fatal, this checkpoint is older than the table.
@@ -47,6 +49,8 @@ mod owners;
 mod state_files;
 #[cfg(test)]
 mod tests;
+
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -218,6 +222,22 @@ impl Checkpoint {
 
     pub async fn is_resumed(&self, batch: BatchId, plan_digest: &str) -> Result<bool, Error> {
         control::is_resumed(&self.files, batch, plan_digest).await
+    }
+
+    /// Before step 5, by every execution that asked a schema registry. False when another one found other ids unknown:
+    /// recover, and execute the batch again with those.
+    pub async fn log_unknown_ids(
+        &self,
+        batch: BatchId,
+        plan_digest: &str,
+        schema_ids: BTreeSet<u32>,
+    ) -> Result<bool, Error> {
+        control::log_unknown_ids(&self.files, batch, plan_digest, schema_ids).await
+    }
+
+    /// What an earlier execution of this plan has logged.
+    pub async fn unknown_ids(&self, batch: BatchId, plan_digest: &str) -> Result<Option<BTreeSet<u32>>, Error> {
+        control::unknown_ids(&self.files, batch, plan_digest).await
     }
 
     /// Bytes of all files.

@@ -492,3 +492,16 @@ async fn a_batch_that_is_held_back_is_let_through_by_name_of_its_plan_and_both_f
     assert!(!checkpoint.is_resumed(0, &logged.digest).await.unwrap());
     assert_eq!(checkpoint.held(&logged).await.unwrap(), None);
 }
+
+#[tokio::test]
+async fn what_the_first_execution_found_unknown_holds_for_all() {
+    let mut checkpoint = Checkpoint::open(memory(), "telemetry").await.unwrap();
+    checkpoint.claim().await.unwrap();
+    let ids = std::collections::BTreeSet::from([2, 7]);
+    assert_eq!(checkpoint.unknown_ids(3, "sha256:plan").await.unwrap(), None);
+    assert!(checkpoint.log_unknown_ids(3, "sha256:plan", ids.clone()).await.unwrap());
+    assert!(checkpoint.log_unknown_ids(3, "sha256:plan", ids.clone()).await.unwrap(), "a replay says the same");
+    assert!(!checkpoint.log_unknown_ids(3, "sha256:plan", Default::default()).await.unwrap());
+    assert_eq!(checkpoint.unknown_ids(3, "sha256:plan").await.unwrap(), Some(ids));
+    assert!(checkpoint.unknown_ids(3, "sha256:another").await.unwrap_err().to_string().contains("another plan"));
+}

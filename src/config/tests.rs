@@ -256,6 +256,19 @@ fn other_value(key: &str) -> &'static str {
         "dead_letters.sort_by" => "offset",
         "dead_letters.topic" => "refused",
         "rows.provenance" => "true",
+        "types.*.name" => "readouts",
+        "types.*.topic" => "more",
+        "types.*.field" => "type",
+        "types.*.equals" => "other",
+        "types.*.schema" => "other.json",
+        "types.*.extra_column" => "_extra",
+        "types.*.event_time" => "other_time",
+        "types.*.filter" => "battery_level > 1",
+        "types.*.table" => "telemetry.readings",
+        "types.*.partition_by" => "device_id",
+        "types.*.sort_by" => "device_id",
+        "types.*.provenance" => "false",
+        "windows.*.type" | "quality.expect.*.type" => "readings",
         "windows.*.group_by" => "device_id, status",
         "windows.*.time_zone" => "Europe/Berlin",
         "windows.*.filter" => "status = 'ok'",
@@ -279,6 +292,32 @@ fn other_value(key: &str) -> &'static str {
     }
 }
 
+/// The same with two message types, told apart by a member.
+fn with_types(full: &str) -> String {
+    let from = full.find("[schema]").unwrap();
+    let to = full.find("[event_time]").unwrap();
+    let rows = full.find("[rows]").unwrap();
+    let windows = full.find("[[windows]]").unwrap();
+    let types = r#"
+[[types]]
+name = "readings"
+topic = "telemetry"
+field = "kind"
+equals = "reading"
+schema = "schema.json"
+table = "telemetry.events"
+columns = { battery_low = "battery_level < 20" }
+[[types]]
+name = "alerts"
+schema = "schema.json"
+columns = { battery_low = "battery_level < 20" }
+"#;
+    let windows = full[windows..]
+        .replace("[[windows]]", "[[windows]]\ntype = \"alerts\"")
+        .replace("[[quality.expect]]", "[[quality.expect]]\ntype = \"alerts\"");
+    [&full[..from], types, &full[to..rows], &windows].concat()
+}
+
 #[test]
 fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names() {
     let document =
@@ -288,14 +327,17 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
     let windows = "size = \"1 day\"\nlate = \"table\"";
     let full = FULL.replace("[transform]\n", registry).replace("size = \"1 minute\"", windows);
     let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
+    let of_types = with_types(&full);
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
+        let full = if setting.key.contains("type") && setting.key != "catalog.type" { &of_types } else { &full };
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);
         let mut case = Case::new();
         fs::write(case.folder.path().join("schema.json"), &document).unwrap();
-        let before = shown(&case.load(&full).unwrap());
+        fs::write(case.folder.path().join("other.json"), SCHEMA.replace("\"status\"", "\"state\"")).unwrap();
+        let before = shown(&case.load(full).unwrap());
         case.env.insert(variable.clone(), value.into());
-        let by_variable = shown(&case.load(&full).unwrap_or_else(|e| panic!("{variable}: {e}")));
+        let by_variable = shown(&case.load(full).unwrap_or_else(|e| panic!("{variable}: {e}")));
         // A password is not shown.
         let same_by_nature =
             ["schema.file", "schema.registry_password", "event_time.policy", "catalog.type"].contains(&setting.key);
@@ -304,10 +346,10 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
         let mounted = case.folder.path().join("mounted");
         fs::write(&mounted, format!("{value}\n")).unwrap();
         case.env = BTreeMap::from([(format!("{variable}_FILE"), mounted.to_str().unwrap().to_string())]);
-        assert_eq!(shown(&case.load(&full).unwrap()), by_variable, "{variable}_FILE");
+        assert_eq!(shown(&case.load(full).unwrap()), by_variable, "{variable}_FILE");
 
         case.env.insert(variable.clone(), value.into());
-        let errors = case.errors(&full);
+        let errors = case.errors(full);
         assert_eq!(errors, [format!("${variable}: both {variable} and {variable}_FILE are set; unset one of them")]);
     }
 }

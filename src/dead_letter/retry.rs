@@ -21,6 +21,7 @@ use crate::checkpoint::Checkpoint;
 use crate::clock;
 use crate::config::Config;
 use crate::decode::RecordDecoder;
+use crate::decode::registry::BatchRegistry;
 use crate::decode::route::Split;
 use crate::error::Error as QueryError;
 use crate::execute::{self, Admitted};
@@ -382,10 +383,11 @@ impl Work {
     fn new(attempt: &Attempt, sink: Option<&IcebergSink>, target: usize, todo: Places) -> Work {
         let pipeline = attempt.pipeline.clone();
         let of = attempt.targets[target].of;
+        let registry = pipeline.registry.clone().map(|registry| BatchRegistry::new(registry, None));
         let late = |&table: &usize| Late { table: pipeline.tables[table].name.clone(), ..Late::default() };
         let report = Report { late: pipeline.windows.iter().map(late).collect(), ..Report::default() };
         Work {
-            decoder: RecordDecoder::new(pipeline.types[of].schema.clone(), pipeline.registry.clone()),
+            decoder: RecordDecoder::new(pipeline.types[of].schema.clone(), registry.map(Arc::new)),
             pipeline,
             of,
             first: target == 0,

@@ -25,6 +25,8 @@ use super::time;
 pub struct Column {
     values: Values,
     validity: NullBufferBuilder,
+    /// As `validity` has it, which is asked for with every member.
+    len: usize,
 }
 
 enum Values {
@@ -137,20 +139,21 @@ impl Column {
             })),
             ValueType::Json(_) => Values::Text(Texts::new(capacity)),
         };
-        Column { values, validity: NullBufferBuilder::new(capacity) }
+        Column { values, validity: NullBufferBuilder::new(capacity), len: 0 }
     }
 
     /// A column of strings that no field describes.
     pub fn text(capacity: usize) -> Column {
-        Column { values: Values::Text(Texts::new(capacity)), validity: NullBufferBuilder::new(capacity) }
+        Column { values: Values::Text(Texts::new(capacity)), validity: NullBufferBuilder::new(capacity), len: 0 }
     }
 
     #[inline]
     pub fn len(&self) -> usize {
-        self.validity.len()
+        self.len
     }
 
     pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
         self.validity.truncate(len);
         match &mut self.values {
             Values::Boolean(v) => v.truncate(len),
@@ -172,6 +175,7 @@ impl Column {
 
     pub fn push_null(&mut self) {
         self.validity.append_null();
+        self.len += 1;
         match &mut self.values {
             Values::Boolean(v) => v.append(false),
             Values::Int32(v) | Values::Date(v) => v.push(0),
@@ -192,6 +196,7 @@ impl Column {
             parts.into_iter().for_each(|part| texts.bytes.extend_from_slice(part));
             texts.end();
             self.validity.append_non_null();
+            self.len += 1;
         }
     }
 
@@ -265,6 +270,7 @@ impl Column {
             _ => self.push_other(field, scanner, depth, scratch)?,
         }
         self.validity.append_non_null();
+        self.len += 1;
         Ok(())
     }
 
@@ -290,9 +296,7 @@ impl Column {
                     Err(reason) => return refuse(reason),
                 }
             }
-            (ValueType::Object(t), Values::Struct(v), Some(b'{')) => {
-                v.push(t, scanner, self.validity.len(), depth, scratch)?
-            }
+            (ValueType::Object(t), Values::Struct(v), Some(b'{')) => v.push(t, scanner, self.len, depth, scratch)?,
             (ValueType::List(t), Values::List(v), Some(b'[')) => {
                 v.push(t, scanner, depth, scratch)?;
                 let len = v.ends.len();
@@ -331,15 +335,8 @@ impl Column {
 
     #[inline]
     fn push_string(&mut self, t: &TextType, found: &[u8]) -> Result<(), Reason> {
-        if let Some(only) = &t.only {
-            let listed = if only.len() <= 8 {
-                only.iter().any(|text| text.as_bytes() == found)
-            } else {
-                only.binary_search_by(|text| text.as_bytes().cmp(found)).is_ok()
-            };
-            if !listed {
-                return Err(Reason::NotInEnum);
-            }
+        if t.only.as_ref().is_some_and(|only| !only.contains(found)) {
+            return Err(Reason::NotInEnum);
         }
         if !is_long_enough(found, t.min_chars) || is_too_long(found, t.max_chars) {
             return Err(Reason::BadLength);
@@ -370,7 +367,7 @@ impl Column {
 
     /// The filled column; its buffers go along with it.
     pub fn finish(mut self, value: &ValueType) -> ArrayRef {
-        let len = self.validity.len();
+        let len = self.len;
         let nulls: Option<NullBuffer> = self.validity.finish();
         match (self.values, value, value.arrow()) {
             (Values::Boolean(mut v), ..) => Arc::new(BooleanArray::new(v.finish(), nulls)),

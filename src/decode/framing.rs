@@ -1,7 +1,7 @@
 //! The wire format of Confluent's serializers: a zero byte, a schema id in four bytes, then the document.
 //!
 //! Owns: which records are framed, and the order of checks: the framing, the registry's schema of the id, the pipeline's
-//! own schema. Does not own: how a document is decoded ([`Decoder`]) or where schemas come from ([`Registry`]).
+//! own schema. Does not own: how a document is decoded ([`Decoder`]) or where schemas come from ([`super::registry`]).
 //! A document is decoded by the pipeline's schema whatever its producer's: columns are found by name, what the producer
 //! does not write reads null where that is allowed. Records without framing are decoded as they are, with a registry too.
 
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use jsonschema::Validator;
 use serde_json::Value;
 
-use super::registry::{Error, Registry, Writer};
+use super::registry::{BatchRegistry, Error, Writer};
 use super::{Decoded, Decoder, Rejection};
 use crate::dead_letter::Reason;
 use crate::schema::Schema;
@@ -34,14 +34,14 @@ pub fn schema_id(payload: &[u8]) -> Option<u32> {
 /// What a worker decodes with: payloads as they come out of Kafka, framed or not.
 pub struct RecordDecoder {
     reader: Decoder,
-    registry: Option<Arc<Registry>>,
-    /// Asked for so far; in a batch of one worker an id is known or unknown throughout.
+    registry: Option<Arc<BatchRegistry>>,
+    /// Asked for so far.
     writers: HashMap<u32, Writer>,
     decoders: HashMap<u32, Decoder>,
 }
 
 impl RecordDecoder {
-    pub fn new(schema: Arc<Schema>, registry: Option<Arc<Registry>>) -> Self {
+    pub fn new(schema: Arc<Schema>, registry: Option<Arc<BatchRegistry>>) -> Self {
         RecordDecoder { reader: Decoder::new(schema), registry, writers: HashMap::new(), decoders: HashMap::new() }
     }
 

@@ -23,7 +23,7 @@ mod scan;
 mod tests;
 #[cfg(test)]
 mod tests_types;
-mod time;
+pub mod time;
 mod whole;
 
 use std::borrow::Cow;

@@ -103,7 +103,7 @@ fn cell(field: &Field, value: &Node) -> Option<Result<Cell, Reason>> {
         }
         (ValueType::Text(t), Node::String(s)) => {
             let chars = s.chars().count();
-            if t.only.as_ref().is_some_and(|only| !only.contains(s)) {
+            if t.only.as_ref().is_some_and(|only| !only.sorted().contains(s)) {
                 Err(Reason::NotInEnum)
             } else if chars < t.min_chars || chars > t.max_chars {
                 Err(Reason::BadLength)

@@ -5,11 +5,10 @@
 //! asked for again; that an id is unknown is believed only of a registry that answers otherwise; any other trouble is an
 //! error of the whole batch, never of a record.
 //!
-//! The one answer that may differ in a replay is that an id is unknown. Killed between steps 5 and 6 of the protocol
-//! ([`crate::checkpoint`]), and the schema registered before the next start: then the record is a dead letter in the tables and
-//! counted by the windows of the replay.
+//! The one answer that may differ the next time is that an id is unknown. [`BatchRegistry`] makes it the same for all of a batch and,
+//! from step 5 of the protocol ([`crate::checkpoint`]) on, for every replay.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -146,8 +145,7 @@ impl Registry {
     }
 
     fn remembered(&self, id: u32) -> Option<Writer> {
-        // Ids are positive 32-bit integers; registries do not even read others.
-        if id > i32::MAX as u32 {
+        if !is_id(id) {
             return Some(Writer::Unknown);
         }
         if let Some(writer) = lock(&self.known).get(&id) {
@@ -212,6 +210,53 @@ impl Registry {
     fn error(&self, message: String) -> Error {
         Error { registry: self.config.place(), message }
     }
+}
+
+/// What ids stand for throughout one execution of a batch: the first answer counts, for all of its workers.
+pub struct BatchRegistry {
+    registry: Arc<Registry>,
+    answers: Mutex<BTreeMap<u32, Writer>>,
+    /// The ids that are unknown are given.
+    replay: bool,
+}
+
+impl BatchRegistry {
+    /// `unknown`: what an earlier execution of the batch has logged.
+    pub fn new(registry: Arc<Registry>, unknown: Option<BTreeSet<u32>>) -> BatchRegistry {
+        let replay = unknown.is_some();
+        let answers = unknown.into_iter().flatten().map(|id| (id, Writer::Unknown)).collect();
+        BatchRegistry { registry, answers: Mutex::new(answers), replay }
+    }
+
+    /// As [`Registry::writers`]. One worker asks, and the others wait for the answer.
+    pub fn writers(&self, ids: BTreeSet<u32>) -> Result<Vec<(u32, Writer)>, Error> {
+        let mut answers = lock(&self.answers);
+        let new: BTreeSet<u32> = ids.iter().filter(|id| !answers.contains_key(id)).copied().collect();
+        if !new.is_empty() {
+            for (id, writer) in self.registry.writers(new)? {
+                if self.replay && matches!(writer, Writer::Unknown) && is_id(id) {
+                    let message = format!(
+                        "schema {id} is unknown, and was known when this batch was executed first; register it again under its id"
+                    );
+                    return Err(self.registry.error(message));
+                }
+                answers.insert(id, writer);
+            }
+        }
+        Ok(ids.into_iter().filter_map(|id| answers.get(&id).map(|writer| (id, writer.clone()))).collect())
+    }
+
+    /// The ids that may be known the next time.
+    pub fn unknown(&self) -> BTreeSet<u32> {
+        let answers = lock(&self.answers);
+        let unknown = answers.iter().filter(|(id, writer)| is_id(**id) && matches!(writer, Writer::Unknown));
+        unknown.map(|(id, _)| *id).collect()
+    }
+}
+
+/// Ids are positive 32-bit integers; registries do not even read others.
+fn is_id(id: u32) -> bool {
+    id <= i32::MAX as u32
 }
 
 #[derive(Deserialize)]

@@ -7,17 +7,13 @@
 /// Microseconds since the epoch.
 #[inline]
 pub fn date_time(text: &[u8]) -> Option<i64> {
-    let (head, tail) = text.split_first_chunk::<19>()?;
-    let days = date(&head[..10])?;
-    let (hour, minute, second) = (two(head[11], head[12]), two(head[14], head[15]), two(head[17], head[18]));
-    let separators = matches!(head[10], b'T' | b't') && head[13] == b':' && head[16] == b':';
-    if !separators || hour > 23 || minute > 59 || second > 60 {
-        return None;
-    }
+    let (day, rest) = text.split_first_chunk::<10>()?;
+    let [b'T' | b't', rest @ ..] = rest else { return None };
+    let (time, tail) = rest.split_first_chunk::<8>()?;
+    let (days, (minutes, mut second)) = (date(day)?, minutes_and_second(time)?);
     let (mut micros, zone) = fraction(tail)?;
     let offset_minutes = offset(zone)?;
-    let utc_minutes = i64::from(days) * 1440 + i64::from(hour * 60 + minute) - offset_minutes;
-    let mut second = i64::from(second);
+    let utc_minutes = i64::from(days) * 1440 + minutes - offset_minutes;
     if second == 60 {
         if utc_minutes.rem_euclid(1440) != 1439 {
             return None;
@@ -56,13 +52,28 @@ pub fn time(text: &[u8]) -> Option<i64> {
 
 /// Minutes, seconds to 60, microseconds, and what follows.
 fn clock(text: &[u8]) -> Option<(i64, i64, i64, &[u8])> {
-    let ([h1, h2, b':', m1, m2, b':', s1, s2], tail) = text.split_first_chunk::<8>()? else { return None };
-    let (hour, minute, second) = (two(*h1, *h2), two(*m1, *m2), two(*s1, *s2));
-    if hour > 23 || minute > 59 || second > 60 {
-        return None;
-    }
+    let (time, tail) = text.split_first_chunk::<8>()?;
+    let (minutes, second) = minutes_and_second(time)?;
     let (micros, rest) = fraction(tail)?;
-    Some((i64::from(hour * 60 + minute), i64::from(second), micros, rest))
+    Some((minutes, second, micros, rest))
+}
+
+/// Of `HH:MM:SS`; seconds to 60.
+#[inline]
+fn minutes_and_second(text: &[u8; 8]) -> Option<(i64, i64)> {
+    let pairs = pairs(text, b"00:00:00", 0x7676_7F76_767F_7676)?;
+    let (hour, minute, second) = (pairs & 0xFF, pairs >> 24 & 0xFF, pairs >> 48 & 0xFF);
+    (hour <= 23 && minute <= 59 && second <= 60).then_some(((hour * 60 + minute) as i64, second as i64))
+}
+
+/// Eight bytes at once: where `shape` has a zero a digit, elsewhere that very byte. What each two digits in a row stand for is in
+/// the byte of the first. `limits` has for each byte what leads to 128 from the first value that is too large.
+#[inline]
+fn pairs(text: &[u8; 8], shape: &[u8; 8], limits: u64) -> Option<u64> {
+    let values = u64::from_le_bytes(*text) ^ u64::from_le_bytes(*shape);
+    // A carry comes only from a byte that is refused itself.
+    let refused = (values.wrapping_add(limits) | values) & 0x8080_8080_8080_8080;
+    (refused == 0).then(|| values.wrapping_mul(10).wrapping_add(values >> 8))
 }
 
 /// Minutes of `Z` or `±HH:MM`.
@@ -85,12 +96,14 @@ fn offset(zone: &[u8]) -> Option<i64> {
 /// Days since the epoch of `YYYY-MM-DD`.
 #[inline]
 pub fn date(text: &[u8]) -> Option<i32> {
-    let [y1, y2, y3, y4, b'-', m1, m2, b'-', d1, d2] = *text else { return None };
-    let (century, year, month, day) = (two(y1, y2), two(y3, y4), two(m1, m2), two(d1, d2));
-    if century > 99 || year > 99 || !(1..=12).contains(&month) || day < 1 {
+    let (year_and_month, day) = text.split_first_chunk::<8>()?;
+    let [tens, ones] = *day else { return None };
+    let pairs = pairs(year_and_month, b"0000-00-", 0x7F76_767F_7676_7676)?;
+    let (century, year, month) = (pairs as u8, (pairs >> 16) as u8, (pairs >> 40) as u8);
+    let (year, month, day) = (i32::from(century) * 100 + i32::from(year), i32::from(month), two(tens, ones));
+    if !(1..=12).contains(&month) || day < 1 {
         return None;
     }
-    let year = century * 100 + year;
     let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let last = match month {
         2 => 28 + i32::from(leap),

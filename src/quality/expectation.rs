@@ -234,10 +234,7 @@ mod tests {
     #[test]
     fn mistakes_are_named_all_at_once() {
         let errors = compiled(&[("a", "level", OnFail::Drop), ("b", "levl > 0", OnFail::Drop)]).err().unwrap();
-        assert!(
-            errors[0].starts_with("quality.expect.0.sql = \"level\": an expectation is true or false"),
-            "{errors:?}"
-        );
+        assert!(errors[0].starts_with("expectation a: \"level\": an expectation is true or false"), "{errors:?}");
         assert!(errors[1].contains("columns: level, status"), "{errors:?}");
     }
 }

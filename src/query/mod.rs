@@ -23,6 +23,7 @@ use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateFile, 
 use crate::clock::{self, ClockMs};
 use crate::config::{Config, OnFail, StartingOffsets};
 use crate::dead_letter::topic::DeadLetterTopic;
+use crate::decode::registry::BatchRegistry;
 use crate::error::{Error, Kind};
 use crate::execute::{self, Executed};
 use crate::failpoint;
@@ -337,9 +338,11 @@ impl Session {
 
         // 3. Execute: data files that no table knows yet, and the state as it will be.
         let started = Instant::now();
+        let registry = self.batch_registry(query, &plan, &digest);
+        let registry = with_deadline("registry", deadlines.checkpoint, registry).await?;
         let executed = with_deadline("add_batch", deadlines.add_batch, async {
             let left = if replay { self.still_readable(&plan, &query.config).await? } else { plan.clone() };
-            self.execute(query, left, attempt).await
+            self.execute(query, left, registry.clone(), attempt).await
         })
         .await?;
         durations.insert("add_batch".into(), millis(started));
@@ -348,6 +351,10 @@ impl Session {
         }
         let asked = self.ask_breaker(query, &plan, &digest, &executed);
         let passed = with_deadline("breaker", deadlines.checkpoint, asked).await?;
+        if let Some(registry) = &registry {
+            let logged = self.log_unknown_ids(plan.batch, &digest, registry);
+            with_deadline("log_unknown_ids", deadlines.checkpoint, logged).await?;
+        }
         let Executed { files, delta, mut state, counts } = executed;
 
         // 4. Persist what this attempt adds to the state.
@@ -457,7 +464,35 @@ impl Session {
         Ok(())
     }
 
-    async fn execute(&mut self, query: &StreamingQuery, plan: MicroBatch, attempt: Uuid) -> Result<Executed, Error> {
+    /// With what an earlier execution has found unknown: the tables may have it already.
+    async fn batch_registry(
+        &self,
+        query: &StreamingQuery,
+        plan: &MicroBatch,
+        digest: &str,
+    ) -> Result<Option<Arc<BatchRegistry>>, Error> {
+        let Some(registry) = &query.pipeline.registry else { return Ok(None) };
+        let unknown = self.checkpoint.unknown_ids(plan.batch, digest).await?;
+        Ok(Some(Arc::new(BatchRegistry::new(registry.clone(), unknown))))
+    }
+
+    /// Not sooner: while the batch is held back, a schema may still be registered for it.
+    async fn log_unknown_ids(&self, batch: BatchId, digest: &str, registry: &BatchRegistry) -> Result<(), Error> {
+        if self.checkpoint.log_unknown_ids(batch, digest, registry.unknown()).await? {
+            return Ok(());
+        }
+        // A successor explains it; otherwise it is executed again, with the ids of the first.
+        self.checkpoint.check_owner().await?;
+        Err(Error::Internal(format!("batch {batch} was executed by another process, with other schemas known")))
+    }
+
+    async fn execute(
+        &mut self,
+        query: &StreamingQuery,
+        plan: MicroBatch,
+        registry: Option<Arc<BatchRegistry>>,
+        attempt: Uuid,
+    ) -> Result<Executed, Error> {
         let state =
             self.state.take().ok_or_else(|| Error::Internal("the state was lost by an earlier failure".into()))?;
         let cancel = Arc::new(AtomicBool::new(false));
@@ -467,7 +502,7 @@ impl Session {
         let fail_on_data_loss = query.config.source.fail_on_data_loss;
         blocking(move || {
             let chunks = lock(&source).read(&plan.ranges)?;
-            match execute::execute(&pipeline, &sink, state, &plan, chunks, attempt, &cancel) {
+            match execute::execute(&pipeline, &sink, state, &plan, registry, chunks, attempt, &cancel) {
                 // Expired between planning and reading: recovery replays the plan with what is left of it.
                 Err(Error::Source(source::Error::DataLoss { partition, wanted, .. })) if !fail_on_data_loss => {
                     Err(Error::Expired { partition, wanted })

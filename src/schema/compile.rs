@@ -14,7 +14,7 @@ use super::validator::{OWN_FORMATS, Validator};
 use super::words::in_words;
 use super::{
     BooleanType, DecimalType, Field, IntegerType, JsonType, ListType, MapType, NumberType, ObjectType, TextFormat,
-    TextType, ValueType, pattern,
+    TextSet, TextType, ValueType, pattern,
 };
 
 const DRAFT: &str = "https://json-schema.org/draft/2020-12/schema";
@@ -614,11 +614,8 @@ impl<'a> Compiler<'a> {
             None => None,
         };
         let only = self.only(place, |n| matches!(n, Node::String(_))).map(|values| {
-            let mut texts: Vec<String> =
-                values.into_iter().filter_map(|n| if let Node::String(s) = n { Some(s) } else { None }).collect();
-            texts.sort_unstable();
-            texts.dedup();
-            texts
+            let text = |n| if let Node::String(s) = n { Some(s) } else { None };
+            TextSet::new(values.into_iter().filter_map(text).collect())
         });
         let translated = pattern.is_some();
         Some((ValueType::Text(TextType { format, min_chars, max_chars, pattern, only }), translated))

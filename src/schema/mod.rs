@@ -10,6 +10,7 @@ mod compile;
 pub(crate) mod document;
 mod keywords;
 mod pattern;
+mod text_set;
 mod validator;
 mod words;
 
@@ -21,6 +22,7 @@ use regex::Regex;
 use sha2::{Digest, Sha256};
 
 pub use keywords::Types;
+pub use text_set::TextSet;
 pub use validator::Validator;
 
 /// A compiled schema document.
@@ -116,8 +118,7 @@ pub struct TextType {
     pub min_chars: usize,
     pub max_chars: usize,
     pub pattern: Option<Regex>,
-    /// Sorted.
-    pub only: Option<Vec<String>>,
+    pub only: Option<TextSet>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,7 +7,7 @@ pub fn in_words(value: &ValueType, null: bool) -> String {
         ValueType::Boolean(BooleanType { only: Some(only) }) => list(only),
         ValueType::Integer(IntegerType { only: Some(only), .. }) => list(only),
         ValueType::Number(NumberType { only: Some(only), .. }) => list(only),
-        ValueType::Text(TextType { only: Some(only), .. }) => list(only),
+        ValueType::Text(TextType { only: Some(only), .. }) => list(only.sorted()),
         ValueType::Boolean(_) => "true or false".to_owned(),
         ValueType::Integer(t) => {
             let noun = if t.is_int32() { "a 32-bit integer" } else { "an integer" };

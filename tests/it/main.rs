@@ -40,6 +40,8 @@ mod quality;
 mod random_kills;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
+/// What is read back from Iceberg equals the documents, to the last digit and microsecond.
+mod round_trip;
 /// The checkpoint on an S3-compatible store.
 mod s3;
 /// Nested types, decimals and times reach other readers as they were written; any keyword is held to.

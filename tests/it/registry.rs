@@ -179,6 +179,34 @@ fn an_outage_costs_time_and_no_record() {
     each_offset_once(&tables, topic, &produced(broker, topic, 1));
 }
 
+/// Killed when the tables have the batch and the checkpoint does not say so yet; then the schema is registered. The replay holds to
+/// what the tables have: a record is a dead letter or a row and in its window, never both.
+#[test]
+fn an_id_that_becomes_known_changes_nothing_about_a_batch_in_the_tables() {
+    let broker = Broker::shared();
+    let topic = "registry_known_later";
+    let registry = Registry::start();
+    registry.add(1, "JSON", FIRST);
+    let mut pipeline = pipeline(broker, topic, vec![framed(1, &reading("a", "")), framed(2, &reading("b", ""))]);
+    pipeline.set("schema.registry", registry.url.as_str());
+    pipeline.run_failing("commit_log.before_put:kill").expect_killed();
+    registry.add(2, "JSON", SECOND);
+    // Also without windows the account of the batch has to be that of its tables.
+    pipeline.run();
+    produce(broker, topic, vec![framed(2, &reading("c", ""))]);
+    pipeline.run();
+    let tables = pipeline.tables();
+    each_offset_once(&tables, topic, &produced(broker, topic, 1));
+    let rows: Vec<(String,)> = tables.query("select device_id from {telemetry.events} order by 1");
+    assert_eq!(rows, [("a".to_string(),), ("c".to_string(),)]);
+    assert_eq!(tables.value::<i64>("select \"offset\" from {telemetry.dead_letters}"), 1);
+    let commit = std::fs::read_dir(pipeline.checkpoint().join("commits")).unwrap().flatten();
+    let mut commits: Vec<_> = commit.map(|entry| entry.path()).collect();
+    commits.sort();
+    let first = std::fs::read_to_string(&commits[0]).unwrap();
+    assert!(first.contains("unknown_schema_id"), "the replay's account: {first}");
+}
+
 #[test]
 fn without_a_registry_check_says_so_before_a_million_dead_letters_do() {
     let broker = Broker::shared();

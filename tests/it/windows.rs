@@ -1,8 +1,11 @@
+use std::collections::BTreeMap;
+
 use crate::support::broker::{Broker, Rec};
 use crate::support::check::{
     DELAY_MS, everything, offsets_in_tables, records, rows_are_true, until_in_tables, windows, windows_are,
 };
 use crate::support::floe::Pipeline;
+use crate::support::reader::Tables;
 use crate::support::telemetry::{MINUTE_MS, START_MS, Telemetry, Truth};
 use crate::support::turn;
 
@@ -154,4 +157,217 @@ fn filter_and_derived_columns() {
     rows_are_true(&tables, &truth);
     windows_are(&tables, &truth.closed(DELAY_MS));
     assert_eq!(tables.value::<u64>("select count(*) from {telemetry.events} where battery_low"), low);
+}
+
+/// Events and sum of durations, by start of the window in milliseconds, and device.
+type Sums = BTreeMap<(i64, String), (i64, i64)>;
+
+fn add(sums: &mut Sums, start_ms: i64, device: String, duration_ms: i64) {
+    let (events, duration) = sums.entry((start_ms, device)).or_default();
+    *events += 1;
+    *duration += duration_ms;
+}
+
+fn sums(tables: &Tables, sql: &str) -> Sums {
+    let rows: Vec<(i64, String, i64, i64)> = tables.query(sql);
+    let sums: Sums =
+        rows.iter().map(|(start, device, events, sum)| ((*start, device.clone()), (*events, *sum))).collect();
+    assert_eq!(sums.len(), rows.len(), "a window is there twice");
+    sums
+}
+
+fn window_sums(tables: &Tables) -> Sums {
+    sums(tables, "select epoch_ms(window_start), device_id, events, duration_sum from {telemetry.device_minutes}")
+}
+
+/// The starts of all windows of five minutes, every two minutes from 30 seconds past, that hold a time.
+fn sliding_starts(event_ms: i64) -> Vec<i64> {
+    let last = event_ms - (event_ms - 30_000).rem_euclid(2 * MINUTE_MS);
+    (0..3).map(|i| last - i * 2 * MINUTE_MS).filter(|start| event_ms < start + 5 * MINUTE_MS).collect()
+}
+
+fn slide(pipeline: &mut Pipeline) {
+    pipeline.set_window("size", "5 minutes").set_window("slide", "2 minutes").set_window("start", "30 seconds");
+}
+
+/// Overlapping windows that do not begin with the hour, in many batches, with a restart after each slice.
+#[test]
+fn that_slide_hold_every_row_as_often_as_they_overlap() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "sliding";
+    let telemetry =
+        Telemetry { messages: 3_000, devices: 7, disorder_ms: DELAY_MS - 1, partitions: 3, ..Telemetry::default() };
+    broker.create_topic(topic, telemetry.partitions, &[]);
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    slide(&mut pipeline);
+    pipeline.set("source.max_offsets_per_trigger", 400);
+    for slice in 0..3 {
+        broker.produce_records(topic, records(&telemetry, slice * 1_000..(slice + 1) * 1_000));
+        pipeline.run();
+    }
+    let watermark = telemetry.truth().max_event_ms - DELAY_MS;
+    let mut expected = Sums::new();
+    for reading in (0..telemetry.messages).map(|i| telemetry.reading(i)).filter(|r| r.invalid.is_none()) {
+        for start in sliding_starts(reading.event_ms).into_iter().filter(|s| s + 5 * MINUTE_MS <= watermark) {
+            add(&mut expected, start, reading.device_id(), reading.duration_ms);
+        }
+    }
+    let tables = pipeline.tables();
+    assert_eq!(window_sums(&tables), expected);
+    let size: Vec<(i64,)> =
+        tables.query("select distinct epoch_ms(window_end - window_start) from {telemetry.device_minutes}");
+    assert_eq!(size, [(5 * MINUTE_MS,)]);
+    rows_are_true(&tables, &telemetry.truth());
+}
+
+/// A day of a time zone is as long as its clocks say: 23 hours in spring, 25 in autumn. A second window table of the same rows.
+#[test]
+fn of_days_follow_the_clocks_of_a_time_zone() {
+    const HOUR: i64 = 60 * MINUTE_MS;
+    // 2026-03-27T23:00:00Z and 2026-10-23T22:00:00Z: midnight in Berlin, a day before each change
+    let (spring, autumn) = (1_774_652_400_000, 1_792_792_800_000);
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "berlin";
+    broker.create_topic(topic, 1, &[]);
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    pipeline.add_window(
+        r#"
+        table = "telemetry.daily"
+        size = "1 day"
+        time_zone = "Europe/Berlin"
+        aggregates = { events = "count(*)", last = "max(event_timestamp)" }
+        "#,
+    );
+    // two readings an hour, one of them at the very start
+    let readings =
+        |from: i64, hours: i64| (0..2 * hours).map(move |half| reading(1, from + half * HOUR / 2)).collect::<Vec<_>>();
+    broker.produce_records(topic, readings(spring, 3 * 24));
+    pipeline.run();
+    broker.produce_records(topic, readings(autumn, 4 * 24));
+    pipeline.run();
+    let tables = pipeline.tables();
+    let rows: Vec<(i64, i64, i64)> = tables.query(
+        "select epoch_ms(window_start), epoch_ms(window_end) - epoch_ms(window_start), events from {telemetry.daily} \
+         order by window_start",
+    );
+    let mut expected = Vec::new();
+    for (first, days) in [(spring, [24, 23, 24]), (autumn, [24, 25, 24])] {
+        let mut start = first;
+        for hours in days {
+            expected.push((start, hours * HOUR, 2 * hours));
+            start += hours * HOUR;
+        }
+    }
+    // what is left of the three days of 24 hours in spring
+    expected.insert(3, (spring + 71 * HOUR, 24 * HOUR, 2));
+    assert_eq!(rows, expected);
+}
+
+/// Every row is in its windows or in the table of late rows, once for each window that was closed before it came, whatever the
+/// batches were and wherever the process was killed.
+#[test]
+fn late_rows_are_kept_with_the_window_that_they_missed() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "late-table";
+    let telemetry =
+        Telemetry { messages: 4_000, devices: 5, disorder_ms: 4 * DELAY_MS, partitions: 2, ..Telemetry::default() };
+    crate::support::check::fill(broker, topic, &telemetry);
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    slide(&mut pipeline);
+    pipeline.set_window("late", "table").set("source.max_offsets_per_trigger", 300);
+    pipeline.run_failing("execute.files_written:kill:4").expect_killed();
+    pipeline.run_failing("tidy:kill:5").expect_killed();
+    pipeline.run();
+
+    let mut expected = Sums::new();
+    for reading in (0..telemetry.messages).map(|i| telemetry.reading(i)).filter(|r| r.invalid.is_none()) {
+        for start in sliding_starts(reading.event_ms) {
+            add(&mut expected, start, reading.device_id(), reading.duration_ms);
+        }
+    }
+    let tables = pipeline.tables();
+    let watermark = telemetry.truth().max_event_ms - DELAY_MS;
+    let late = sums(
+        &tables,
+        "select epoch_ms(window_start), device_id, count(*), sum(duration_ms)::bigint \
+         from {telemetry.device_minutes_late} group by all",
+    );
+    let mut found = window_sums(&tables);
+    for (window, (events, duration)) in &late {
+        let (in_time, sum) = found.entry(window.clone()).or_default();
+        (*in_time, *sum) = (*in_time + events, *sum + duration);
+    }
+    expected.retain(|(start, _), _| start + 5 * MINUTE_MS <= watermark);
+    assert_eq!(found, expected, "what the windows have and what they missed");
+
+    let late_rows: i64 = late.values().map(|(events, _)| events).sum();
+    assert!(late_rows > 300, "only {late_rows} rows were late");
+    assert_eq!(late_counted(&pipeline), late_rows, "as many as are counted");
+    // each says which window it missed and is a row like all others
+    let strange: Vec<(u64,)> = tables.query(
+        "select count(*) from {telemetry.device_minutes_late} late \
+         left join {telemetry.events} events using (_kafka_partition, _kafka_offset, _kafka_topic, event_timestamp, device_id) \
+         where events.duration_ms is null or late.duration_ms <> events.duration_ms \
+         or window_table <> 'telemetry.device_minutes' or window_end > watermark \
+         or event_timestamp < window_start or event_timestamp >= window_end",
+    );
+    assert_eq!(strange, [(0,)]);
+    let partly: u64 = tables.value(
+        "select count(*) from (select _kafka_offset, count(*) missed from {telemetry.device_minutes_late} \
+         group by _kafka_partition, _kafka_offset) where missed = 1",
+    );
+    assert!(partly > 0, "no row was late for some of its windows only");
+    rows_are_true(&tables, &telemetry.truth());
+}
+
+/// The late rows that the batches' commits account for.
+fn late_counted(pipeline: &Pipeline) -> i64 {
+    let commits = std::fs::read_dir(pipeline.checkpoint().join("commits")).expect("commits");
+    let count = |file: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(file.path()).expect("commit");
+        let entry = text.lines().find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()).expect("JSON");
+        let late = entry.pointer("/counts/late").and_then(|l| l.as_object()).expect("late").clone();
+        late.values().filter_map(serde_json::Value::as_i64).sum::<i64>()
+    };
+    commits.map(|file| count(file.expect("commit"))).sum()
+}
+
+/// A filter of one window table is not one of the others, of the rows, or of the watermark.
+#[test]
+fn a_filter_is_about_its_windows_alone() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "window-filter";
+    let telemetry = Telemetry { messages: 2_000, partitions: 1, devices: 9, ..Telemetry::default() };
+    crate::support::check::fill(broker, topic, &telemetry);
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    pipeline.set("source.max_offsets_per_trigger", 300).add_window(
+        r#"
+        table = "telemetry.errors"
+        size = "1 minute"
+        filter = "status = 'error' AND duration_ms < 9000"
+        group_by = ["device_id"]
+        aggregates = { events = "count(*)", duration_sum = "sum(duration_ms)" }
+        "#,
+    );
+    pipeline.run();
+    let truth = telemetry.truth();
+    let mut expected = Sums::new();
+    for reading in (0..telemetry.messages).map(|i| telemetry.reading(i)).filter(|r| r.invalid.is_none()) {
+        let start = reading.event_ms.div_euclid(MINUTE_MS) * MINUTE_MS;
+        if reading.status_name() == "error"
+            && reading.duration_ms < 9_000
+            && start + MINUTE_MS <= truth.max_event_ms - DELAY_MS
+        {
+            add(&mut expected, start, reading.device_id(), reading.duration_ms);
+        }
+    }
+    let tables = pipeline.tables();
+    let found = sums(&tables, "select epoch_ms(window_start), device_id, events, duration_sum from {telemetry.errors}");
+    assert_eq!(found, expected);
+    windows_are(&tables, &truth.closed(DELAY_MS));
+    rows_are_true(&tables, &truth);
 }

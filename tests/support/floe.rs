@@ -93,6 +93,25 @@ impl Pipeline {
         self
     }
 
+    /// Sets a key of the first window, given as a path with dots.
+    pub fn set_window(&mut self, path: &str, value: impl Into<toml::Value>) -> &mut Self {
+        let windows = self.config["windows"].as_array_mut().expect("windows");
+        let (sections, key) = path.rsplit_once('.').unwrap_or(("", path));
+        let mut table = windows[0].as_table_mut().expect("window");
+        for section in sections.split('.').filter(|s| !s.is_empty()) {
+            table = table[section].as_table_mut().expect("section");
+        }
+        table.insert(key.into(), value.into());
+        self
+    }
+
+    /// One more window, as it is written after `[[windows]]`.
+    pub fn add_window(&mut self, text: &str) -> &mut Self {
+        let window: Table = text.parse().expect("window");
+        self.config["windows"].as_array_mut().expect("windows").push(window.into());
+        self
+    }
+
     pub fn remove(&mut self, section: &str) -> &mut Self {
         self.config.remove(section);
         self

@@ -170,6 +170,10 @@ impl Reading {
         device_id(self.device)
     }
 
+    pub fn status_name(&self) -> &'static str {
+        STATUSES[self.status]
+    }
+
     /// The message's value; None for a null one. `buffer` is overwritten.
     pub fn value<'a>(&self, buffer: &'a mut Vec<u8>) -> Option<&'a [u8]> {
         buffer.clear();
