@@ -12,6 +12,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::window::UNSET_WATERMARK_MS;
+use crate::window::watermark::HeldBy;
+
 pub type BatchId = u64;
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -52,12 +55,24 @@ impl OffsetRange {
 pub type Ranges = BTreeMap<TopicPartition, OffsetRange>;
 pub type Offsets = BTreeMap<TopicPartition, i64>;
 
-/// The watermarks in force while a batch runs, in milliseconds since the epoch. Spark 3.4 and later keep two: a row is
-/// late by the previous batch's watermark and a window closes by this batch's.
+/// The watermarks in force while a batch runs, in milliseconds since the epoch; None: not set yet. Spark 3.4 and later keep
+/// two: a row is late by the previous batch's watermark and a window closes by this batch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watermarks {
-    pub late_ms: i64,
-    pub evict_ms: i64,
+    pub late_ms: Option<i64>,
+    pub evict_ms: Option<i64>,
+}
+
+impl Watermarks {
+    /// To be compared with: not set is before all time.
+    pub fn late(self) -> i64 {
+        self.late_ms.unwrap_or(UNSET_WATERMARK_MS)
+    }
+
+    /// To be compared with: not set is before all time.
+    pub fn evict(self) -> i64 {
+        self.evict_ms.unwrap_or(UNSET_WATERMARK_MS)
+    }
 }
 
 /// Offsets that were promised and are gone: `fail_on_data_loss = false` steps over them and leaves a gap row.
@@ -85,6 +100,12 @@ pub struct MicroBatch {
     pub gaps: Vec<Gap>,
     pub topic_ids: BTreeMap<String, String>,
     pub watermarks: Watermarks,
+    /// How many offsets of a partition wait beyond its range; partitions with none are left out.
+    #[serde(default, with = "by_topic", skip_serializing_if = "BTreeMap::is_empty")]
+    pub left_behind: BTreeMap<TopicPartition, u64>,
+    /// Which partition holds the watermark back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_by: Option<HeldBy>,
     /// UUID of every table of the pipeline: one dropped and re-created in between is fatal.
     pub tables: BTreeMap<String, Uuid>,
 }
@@ -242,6 +263,18 @@ pub fn step_over(start: &Offsets, gaps: &[Gap]) -> Offsets {
     start
 }
 
+/// How many offsets of each partition wait beyond `ranges`, for those where there are any.
+pub fn left_behind(
+    ranges: &Ranges,
+    available: &BTreeMap<TopicPartition, OffsetRange>,
+) -> BTreeMap<TopicPartition, u64> {
+    let left = |(tp, range): (&TopicPartition, &OffsetRange)| {
+        let left = OffsetRange { start: range.end, end: available.get(tp)?.end }.len();
+        (left > 0).then(|| (tp.clone(), left))
+    };
+    ranges.iter().filter_map(left).collect()
+}
+
 /// How many offsets wait to be read.
 pub fn backlog(start: &Offsets, available: &BTreeMap<TopicPartition, OffsetRange>) -> u64 {
     let behind = |(tp, range): (&TopicPartition, &OffsetRange)| {
@@ -394,6 +427,19 @@ mod tests {
     }
 
     #[test]
+    fn plans_from_before_watermarks_could_be_unset_are_read() {
+        let plan: MicroBatch = serde_json::from_str(
+            r#"{"batch":3,"epoch":1,"trigger_time_ms":1,"config_fingerprint":"f","ranges":{"t":{"0":{"start":1,"end":2}}},"gaps":[],
+                "topic_ids":{},"watermarks":{"late_ms":0,"evict_ms":5},"tables":{}}"#,
+        )
+        .unwrap();
+        assert_eq!(plan.watermarks, Watermarks { late_ms: Some(0), evict_ms: Some(5) });
+        assert!(plan.left_behind.is_empty() && plan.held_by.is_none());
+        let unset = Watermarks::default();
+        assert!(unset.evict() < i64::MIN + 1 && unset.late_ms < plan.watermarks.late_ms);
+    }
+
+    #[test]
     fn a_plan_survives_json() {
         let plan = MicroBatch {
             batch: 3,
@@ -407,7 +453,9 @@ mod tests {
             .into(),
             gaps: data_loss(&offsets(&[0]), &available(&[(2, 3)])),
             topic_ids: BTreeMap::new(),
-            watermarks: Watermarks { late_ms: i64::MIN, evict_ms: i64::MAX },
+            watermarks: Watermarks { late_ms: None, evict_ms: Some(i64::MAX) },
+            left_behind: [(tp(3), 7)].into(),
+            held_by: None,
             tables: [("t".to_string(), Uuid::from_u128(7))].into(),
         };
         let json = serde_json::to_string(&plan).unwrap();

@@ -24,7 +24,7 @@ use arrow::record_batch::RecordBatch;
 use iceberg::spec::DataFile;
 use uuid::Uuid;
 
-use crate::batch::MicroBatch;
+use crate::batch::{MicroBatch, TopicPartition};
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
 use crate::decode::registry::BatchRegistry;
@@ -46,6 +46,52 @@ pub struct Executed {
     pub delta: crate::state::Delta,
     pub state: StateStore,
     pub counts: Counts,
+    pub event_times: EventTimes,
+}
+
+/// The event times of the rows of a batch; rows without one do not count.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EventTimes {
+    pub min_us: Option<i64>,
+    pub max_us: Option<i64>,
+    sum_us: i128,
+    rows: u64,
+    /// By partition.
+    pub latest_us: BTreeMap<TopicPartition, i64>,
+}
+
+impl EventTimes {
+    /// The rows of one chunk.
+    fn take_in(&mut self, chunk: &Chunk, times: &TimestampMicrosecondArray) {
+        let (Some(min), Some(max)) = (arrow::compute::min(times), arrow::compute::max(times)) else { return };
+        let mut chunk_times = EventTimes {
+            min_us: Some(min),
+            max_us: Some(max),
+            rows: (times.len() - times.null_count()) as u64,
+            ..EventTimes::default()
+        };
+        chunk_times.sum_us = match times.null_count() {
+            0 => times.values().iter().map(|us| i128::from(*us)).sum(),
+            _ => times.iter().flatten().map(i128::from).sum(),
+        };
+        chunk_times.latest_us.insert(TopicPartition::new(chunk.topic.clone(), chunk.partition), max);
+        self.add(chunk_times);
+    }
+
+    fn add(&mut self, other: EventTimes) {
+        self.min_us = self.min_us.into_iter().chain(other.min_us).min();
+        self.max_us = self.max_us.max(other.max_us);
+        self.sum_us += other.sum_us;
+        self.rows += other.rows;
+        for (tp, us) in other.latest_us {
+            self.latest_us.entry(tp).and_modify(|latest| *latest = us.max(*latest)).or_insert(us);
+        }
+    }
+
+    pub fn avg_ms(&self) -> Option<i64> {
+        let rows = i128::from(self.rows);
+        (rows > 0).then(|| i64::try_from(self.sum_us.div_euclid(rows * 1000)).unwrap_or_default())
+    }
 }
 
 /// Runs one attempt at a batch. Blocks; `cancel` makes it stop within a fraction of a second.
@@ -99,7 +145,7 @@ pub fn execute(
             *account.counts.late.entry(pipeline.tables[pipeline.windows[query]].name.clone()).or_default() += late;
         }
     }
-    let evict_ms = plan.watermarks.evict_ms;
+    let evict_ms = plan.watermarks.evict();
     let delta = state.merge_lanes(lanes, evict_ms, workers)?;
     let closed = Mutex::new(state.close(evict_ms).into_iter());
     let emit = Emit { pipeline, sink, plan, attempt, closed };
@@ -107,7 +153,7 @@ pub fn execute(
     for output in run_workers(workers, cancel, |worker| emit.run(workers + 1 + worker))? {
         account.add(output);
     }
-    Ok(Executed { files: account.files, delta, state, counts: account.counts })
+    Ok(Executed { files: account.files, delta, state, counts: account.counts, event_times: account.event_times })
 }
 
 /// Runs `work` on every worker and returns what each produced, in worker order. The first failure cancels the others.
@@ -153,21 +199,28 @@ fn panicked() -> Error {
 struct Output {
     files: Vec<(usize, Vec<DataFile>)>,
     counts: Counts,
+    event_times: EventTimes,
 }
 
 struct Account {
     files: Vec<Vec<DataFile>>,
     counts: Counts,
+    event_times: EventTimes,
 }
 
 impl Account {
     fn new(pipeline: &Pipeline) -> Self {
-        Account { files: pipeline.tables.iter().map(|_| Vec::new()).collect(), counts: Counts::default() }
+        Account {
+            files: pipeline.tables.iter().map(|_| Vec::new()).collect(),
+            counts: Counts::default(),
+            event_times: EventTimes::default(),
+        }
     }
 
     fn add(&mut self, output: Output) {
         self.files(output.files);
         self.counts.add(&output.counts);
+        self.event_times.add(output.event_times);
     }
 
     fn files(&mut self, files: Vec<(usize, Vec<DataFile>)>) {
@@ -218,6 +271,13 @@ struct Job<'a> {
     violation: Mutex<Option<Violation>>,
 }
 
+/// What one worker has done so far.
+struct Done<'a> {
+    writers: Writers<'a>,
+    counts: Counts,
+    event_times: EventTimes,
+}
+
 impl<'a> Job<'a> {
     fn writers(&self, worker: usize) -> Writers<'a> {
         Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() }
@@ -225,15 +285,15 @@ impl<'a> Job<'a> {
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
         let mut decoders = self.pipeline.decoders(self.registry.as_ref());
-        let mut writers = self.writers(worker);
-        let mut counts = Counts::default();
+        let mut done =
+            Done { writers: self.writers(worker), counts: Counts::default(), event_times: EventTimes::default() };
         while let Some(chunk) = self.next_chunk()? {
-            self.process(chunk, &mut decoders, &mut writers, &mut counts)?;
+            self.process(chunk, &mut decoders, &mut done)?;
             if crate::failpoint::hit("execute.chunk") {
                 return Err(Error::Internal("failpoint execute.chunk".into()));
             }
         }
-        Ok(Output { files: writers.finish()?, counts })
+        Ok(Output { files: done.writers.finish()?, counts: done.counts, event_times: done.event_times })
     }
 
     fn next_chunk(&self) -> Result<Option<Chunk>, Error> {
@@ -251,25 +311,19 @@ impl<'a> Job<'a> {
     }
 
     /// Routes the records of a chunk to their types.
-    fn process(
-        &self,
-        mut chunk: Chunk,
-        decoders: &mut [RecordDecoder],
-        writers: &mut Writers<'_>,
-        counts: &mut Counts,
-    ) -> Result<(), Error> {
-        counts.records += chunk.records.len() as u64;
-        counts.bytes += chunk.data.len() as u64;
+    fn process(&self, mut chunk: Chunk, decoders: &mut [RecordDecoder], done: &mut Done<'_>) -> Result<(), Error> {
+        done.counts.records += chunk.records.len() as u64;
+        done.counts.bytes += chunk.data.len() as u64;
         match self.pipeline.router.split(&chunk) {
-            Split::Whole(of) => self.process_type(of, &mut chunk, &mut decoders[of], writers, counts),
+            Split::Whole(of) => self.process_type(of, &mut chunk, &mut decoders[of], done),
             Split::Parts { records, rejected } => {
                 // Every type, also one that has no record here: its lane takes the chunks of the partition one after another.
                 for (of, (records, decoder)) in records.iter().zip(decoders).enumerate() {
                     let mut part = chunk.take_part(records);
-                    self.process_type(of, &mut part, decoder, writers, counts)?;
+                    self.process_type(of, &mut part, decoder, done)?;
                     chunk.data = part.data;
                 }
-                self.refuse(&chunk, &rejected, None, writers, counts)
+                self.refuse(&chunk, &rejected, None, done)
             }
         }
     }
@@ -279,16 +333,15 @@ impl<'a> Job<'a> {
         of: usize,
         chunk: &mut Chunk,
         decoder: &mut RecordDecoder,
-        writers: &mut Writers<'_>,
-        counts: &mut Counts,
+        done: &mut Done<'_>,
     ) -> Result<(), Error> {
         let message_type = &self.pipeline.types[of];
         let Admitted { batch, records, rejected, filtered, dropped, failures, violation } =
             admit(message_type, self.plan.trigger_time_ms, chunk, decoder)?;
-        counts.filtered += filtered;
-        counts.dropped += dropped;
+        done.counts.filtered += filtered;
+        done.counts.dropped += dropped;
         for (expectation, failures) in message_type.expectations.iter().zip(&failures) {
-            *counts.expectations.entry(expectation.name.clone()).or_default() += failures;
+            *done.counts.expectations.entry(expectation.name.clone()).or_default() += failures;
         }
         if let Some(found) = violation {
             let mut first = lock(&self.violation);
@@ -296,27 +349,30 @@ impl<'a> Job<'a> {
                 *first = Some(found);
             }
         }
-        counts.rows += batch.num_rows() as u64;
-        self.refuse(chunk, &rejected, Some(&message_type.schema.fingerprint), writers, counts)?;
+        done.counts.rows += batch.num_rows() as u64;
+        self.refuse(chunk, &rejected, Some(&message_type.schema.fingerprint), done)?;
         if let Some(table) = message_type.rows {
             if message_type.provenance {
                 let rows = with_provenance(&message_type.rows_schema, &batch, chunk, &records)?;
-                writers.write(table, &rows)?;
+                done.writers.write(table, &rows)?;
             } else {
-                writers.write(table, &batch)?;
+                done.writers.write(table, &batch)?;
             }
         }
         let Some(event_time) = message_type.event_time.filter(|_| !self.pipeline.windows.is_empty()) else {
             return Ok(());
         };
-        let watermark_ms = self.plan.watermarks.late_ms;
+        let watermark_ms = self.plan.watermarks.late();
         for &query in message_type.queries.iter() {
             let (Some(table), query) = (self.pipeline.late_rows[query], &self.pipeline.queries[query]) else {
                 continue;
             };
             for late in query.late_rows(&batch, event_time, watermark_ms)? {
-                writers.write(table, &late::rows(query.table(), late, watermark_ms, &batch, chunk, &records)?)?;
+                done.writers.write(table, &late::rows(query.table(), late, watermark_ms, &batch, chunk, &records)?)?;
             }
+        }
+        if let Some(times) = batch.column(event_time).as_primitive_opt::<TimestampMicrosecondType>() {
+            done.event_times.take_in(chunk, times);
         }
         self.lanes[chunk.lane * self.pipeline.types.len() + of].submit(chunk.sequence, batch, self)
     }
@@ -326,18 +382,17 @@ impl<'a> Job<'a> {
         chunk: &Chunk,
         rejected: &[Rejection],
         schema: Option<&str>,
-        writers: &mut Writers<'_>,
-        counts: &mut Counts,
+        done: &mut Done<'_>,
     ) -> Result<(), Error> {
         if rejected.is_empty() {
             return Ok(());
         }
         for rejection in rejected {
-            *counts.dead_letters.entry(rejection.reason.code().to_string()).or_default() += 1;
+            *done.counts.dead_letters.entry(rejection.reason.code().to_string()).or_default() += 1;
         }
         let (batch, trigger_time_ms) = (self.plan.batch, self.plan.trigger_time_ms);
         let dead = dead_letter::from_rejections(chunk, rejected, schema, batch, trigger_time_ms);
-        writers.write(self.pipeline.dead_letters, &dead)
+        done.writers.write(self.pipeline.dead_letters, &dead)
     }
 }
 
@@ -521,7 +576,7 @@ struct LaneState {
 impl OrderedLane {
     fn new(pipeline: &Pipeline, of: &MessageType, plan: &MicroBatch) -> Self {
         let event_time = of.event_time.unwrap_or_default();
-        let lane = Lane::new(pipeline.queries.clone(), of.queries.clone(), event_time, plan.watermarks.late_ms);
+        let lane = Lane::new(pipeline.queries.clone(), of.queries.clone(), event_time, plan.watermarks.late());
         OrderedLane {
             state: Mutex::new(LaneState { next: 0, waiting: BTreeMap::new(), lane: Some(lane) }),
             drained: Condvar::new(),
@@ -605,7 +660,7 @@ impl Emit<'_> {
                 *counts.dead_letters.entry(Reason::Overflow.code().to_string()).or_default() += 1;
             }
         }
-        Ok(Output { files: writers.finish()?, counts })
+        Ok(Output { files: writers.finish()?, counts, event_times: EventTimes::default() })
     }
 }
 

@@ -11,6 +11,7 @@ use super::error::Error;
 use super::files::{Created, Files, digest, numbered};
 use super::state_files::StateFile;
 use crate::batch::{BatchId, MicroBatch};
+use crate::window::watermark::EventTimeProgress;
 
 /// A plan that is in the offset log.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,7 +80,11 @@ pub struct CommitEntry {
     /// The owner that executed it; may be higher than the one that planned it.
     pub epoch: u64,
     pub plan_digest: String,
-    pub watermark_next_ms: i64,
+    /// With `global-max` the next batch's watermark, with `partition-min` the least that it will be; None: not set yet.
+    pub watermark_next_ms: Option<i64>,
+    /// What each partition has shown so far; empty where there are no windows.
+    #[serde(default, skip_serializing_if = "EventTimeProgress::is_empty")]
+    pub event_times: EventTimeProgress,
     /// All files that make up the state after this batch.
     pub state: Vec<StateFile>,
     /// Snapshot of every table; `None` for one that the batch had nothing for.
@@ -242,6 +247,17 @@ pub(super) async fn log_commit(files: &Files, commit: &CommitEntry) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commits_from_before_partitions_were_remembered_are_read() {
+        let commit: CommitEntry = serde_json::from_str(
+            r#"{"batch":3,"epoch":1,"plan_digest":"d","watermark_next_ms":7,"state":[],"snapshots":{},"counts":{},
+                "committed_at_ms":1}"#,
+        )
+        .unwrap();
+        assert_eq!(commit.watermark_next_ms, Some(7));
+        assert!(commit.event_times.is_empty());
+    }
 
     #[test]
     fn newest_entries_that_can_stand_side_by_side() {

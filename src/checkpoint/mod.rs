@@ -4,7 +4,8 @@
 //! metadata.json          query id (UUID, for ever), format version, pipeline name
 //! owners/<epoch>.json    who runs this query; the highest epoch owns it
 //! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
-//! commits/<batch>.json   done: plan digest, next watermark, state files that make up the state, snapshot ids, counts
+//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, state files that make up
+//!                        the state, snapshot ids, counts
 //! state/<batch>-<attempt>.delta | .run
 //! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
 //! control/unknown-<batch>.json                     schema ids that the registry did not know, where there is one
@@ -13,7 +14,8 @@
 //! The steps of batch N; other modules name them by these numbers.
 //!
 //! 1. **Plan N**: [`Checkpoint::check_owner`], then plan from `commits/N-1` and the brokers' latest offsets
-//!    ([`crate::batch::plan_ranges`]). A batch without data still runs when the watermark has closed a window.
+//!    ([`crate::batch::plan_ranges`]). A batch without data still runs when the watermark has moved, as
+//!    the end of a wait for an idle partition moves it. The plan says which watermark is in force and why.
 //! 2. **Log** `offsets/N`, create-if-absent ([`Checkpoint::log_plan`]). This is the fence: exactly one plan N exists.
 //! 3. **Execute**: a pure function of the plan, the state after N-1 and the configuration. Data files get names unique
 //!    to the attempt and are invisible until step 5. What a schema registry answers may change in one way: an id becomes known. So

@@ -14,6 +14,7 @@ use object_store::{
 use super::*;
 use crate::batch::{OffsetRange, TopicPartition, Watermarks};
 use crate::error::Kind;
+use crate::window::watermark::EventTimeProgress;
 
 fn memory() -> Location {
     Location { store: Arc::new(InMemory::new()), prefix: Path::from("base/ck"), url: "memory:///base/ck".into() }
@@ -34,6 +35,8 @@ fn plan(batch: BatchId, epoch: u64) -> MicroBatch {
         gaps: Vec::new(),
         topic_ids: BTreeMap::new(),
         watermarks: Watermarks::default(),
+        left_behind: BTreeMap::new(),
+        held_by: None,
         tables: BTreeMap::new(),
     }
 }
@@ -43,7 +46,8 @@ fn commit(plan: &LoggedPlan, state: &[StateFile]) -> CommitEntry {
         batch: plan.plan.batch,
         epoch: plan.plan.epoch,
         plan_digest: plan.digest.clone(),
-        watermark_next_ms: -1,
+        watermark_next_ms: Some(-1),
+        event_times: EventTimeProgress::default(),
         state: state.to_vec(),
         snapshots: [("ns.rows".to_string(), Some(i64::MAX)), ("ns.windows".to_string(), None)].into(),
         counts: Counts {

@@ -6,6 +6,7 @@ pub mod demo;
 pub mod dlq;
 pub mod resume;
 pub mod run;
+pub mod watermark;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -35,6 +36,15 @@ enum Command {
     Check(File),
     /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
     Resume(File),
+    /// Say where the watermark is, which partition holds it back since when, and which windows it closes next. Reads the
+    /// checkpoint alone, whether the pipeline runs or not.
+    Watermark {
+        #[command(flatten)]
+        file: File,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
@@ -97,6 +107,12 @@ impl Cli {
                 writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Watermark { file, json } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let said = watermark::watermark(&load(&file.file)?, json).await?;
+                writeln!(std::io::stdout(), "{}", said.trim_end()).map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -127,6 +143,7 @@ mod tests {
             ("floe run pipeline.toml", true),
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
+            ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             (

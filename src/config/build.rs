@@ -259,14 +259,23 @@ fn event_time(r: &mut Reader<'_>) -> Option<EventTimeConfig> {
     let column = r.text("event_time.column").unwrap_or_default();
     let watermark_delay = r.duration("event_time.watermark_delay").unwrap_or_default();
     let max_future = r.duration("event_time.max_future");
-    match r.text("event_time.policy").as_deref() {
-        None | Some("global-max") => {}
-        Some("partition-min") => {
-            r.error("event_time.policy", "\"partition-min\" is not there yet; allowed is \"global-max\"");
-        }
-        Some(other) => r.error("event_time.policy", format!("found {other:?}, allowed is \"global-max\"")),
+    let idle_timeout = r.duration("event_time.idle_timeout").unwrap_or_default();
+    let policy = r.text("event_time.policy");
+    if !matches!(policy.as_deref(), Some("partition-min" | "global-max") | None) {
+        let problem =
+            format!("found {:?}, allowed are \"partition-min\", \"global-max\"", policy.as_deref().unwrap_or(""));
+        r.error("event_time.policy", problem);
     }
-    Some(EventTimeConfig { column, watermark_delay, max_future })
+    let policy = match policy.as_deref() {
+        Some("global-max") => {
+            if r.has("event_time.idle_timeout") {
+                r.error("event_time.idle_timeout", "has no meaning with policy = \"global-max\"");
+            }
+            WatermarkPolicy::GlobalMax
+        }
+        _ => WatermarkPolicy::PartitionMin { idle_timeout_ms: idle_timeout.as_millis() as i64 },
+    };
+    Some(EventTimeConfig { column, watermark_delay, policy, max_future })
 }
 
 pub(super) fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {

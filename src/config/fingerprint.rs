@@ -7,7 +7,7 @@ use super::{Config, ExpectationConfig, TableConfig, TypeConfig, WindowConfig};
 
 /// SHA-256 over a canonical form. In it: schema document, the column of what it leaves open, whether there is a registry, transform,
 /// expectations, event time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how
-/// often, such as brokers, topics (a plan has its own), trigger, limits
+/// often, such as brokers, topics (a plan has its own), watermark policy (a plan has its watermarks), trigger, limits
 /// and retry.
 pub fn fingerprint(config: &Config, documents: Vec<Value>) -> String {
     let mut meaning = json!({

@@ -35,6 +35,7 @@ use crate::decode::route::When;
 use crate::schema::Schema;
 use crate::trigger::Trigger;
 use crate::window::Windowing;
+use crate::window::watermark::WatermarkPolicy;
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -247,6 +248,7 @@ pub struct BreakerConfig {
 pub struct EventTimeConfig {
     pub column: String,
     pub watermark_delay: Duration,
+    pub policy: WatermarkPolicy,
     /// Timestamps further ahead of the trigger time than this become dead letters. None: no guard.
     pub max_future: Option<Duration>,
 }

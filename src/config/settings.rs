@@ -105,7 +105,9 @@ pub const SETTINGS: &[Setting] = &[
     default("quality.probe_interval", Kind::Duration, "30 seconds"),
     required("event_time.column", Kind::Text),
     default("event_time.watermark_delay", Kind::Duration, "10 minutes"),
-    default("event_time.policy", Kind::Text, "global-max"),
+    default("event_time.policy", Kind::Text, "partition-min"),
+    // Longer than producers take to restart or brokers to change leaders, and half of the default delay.
+    default("event_time.idle_timeout", Kind::Duration, "5 minutes"),
     absent("event_time.max_future", Kind::Duration),
     required("rows.table", Kind::Text),
     absent("rows.partition_by", Kind::List),

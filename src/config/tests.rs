@@ -57,7 +57,7 @@ a_first = "battery_level + 1"
 [event_time]
 column = "event_timestamp"
 watermark_delay = "20 minutes"
-policy = "global-max"
+idle_timeout = "2 minutes"
 max_future = "1 hour"
 [rows]
 table = "telemetry.events"
@@ -202,6 +202,7 @@ fn a_full_file_is_read_as_it_is_written() {
     assert_eq!(names, ["battery_low", "a_first"], "in the order of the file");
     let event_time = c.event_time.unwrap();
     assert_eq!(event_time.watermark_delay, Duration::from_secs(1_200));
+    assert_eq!(event_time.policy, WatermarkPolicy::PartitionMin { idle_timeout_ms: 120_000 });
     assert_eq!(event_time.max_future, Some(Duration::from_secs(3_600)));
     let rows = c.types[0].rows.clone().unwrap();
     assert_eq!(rows.partition_by, ["day(event_timestamp)", "bucket(16, device_id)"]);
@@ -246,7 +247,7 @@ fn other_value(key: &str) -> &'static str {
         "schema.extra_column" => "_extra",
         "transform.filter" => "status = 'ok'",
         "event_time.column" => "other_time",
-        "event_time.policy" => "global-max",
+        "event_time.policy" => "partition-min",
         "rows.table" | "windows.*.table" | "dead_letters.table" => "telemetry.another",
         "rows.partition_by" => "truncate(2, device_id), status",
         "windows.*.partition_by" => "device_id",
@@ -552,14 +553,14 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ),
     ("column = \"event_timestamp\"\n", "", "pipeline.toml:25: event_time.column: is required: a text"),
     (
-        "policy = \"global-max\"",
-        "policy = \"partition-min\"",
-        "pipeline.toml:28: event_time.policy: \"partition-min\" is not there yet",
+        "idle_timeout = \"2 minutes\"",
+        "idle_timeout = \"2 minutes\"\npolicy = \"global-max\"",
+        "pipeline.toml:28: event_time.idle_timeout: has no meaning with policy = \"global-max\"",
     ),
     (
-        "policy = \"global-max\"",
+        "idle_timeout = \"2 minutes\"",
         "policy = \"x\"",
-        "pipeline.toml:28: event_time.policy: found \"x\", allowed is \"global-max\"",
+        "pipeline.toml:28: event_time.policy: found \"x\", allowed are \"partition-min\", \"global-max\"",
     ),
     (
         "table = \"telemetry.events\"",

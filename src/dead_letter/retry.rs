@@ -196,7 +196,7 @@ async fn watermark(config: &Config) -> Result<Option<i64>, Error> {
     }
     let checkpoint = Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?;
     let recovered = checkpoint.recover().await.map_err(QueryError::from)?;
-    Ok(recovered.commit.map(|commit| commit.watermark_next_ms))
+    Ok(recovered.commit.and_then(|commit| commit.watermark_next_ms))
 }
 
 async fn places_of_letters(table: &PinnedTable, filter: Predicate) -> Result<Places, Error> {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::batch::{self, BatchId, Gap, Limits, MicroBatch, Offsets, Watermarks};
+use crate::batch::{self, BatchId, Gap, Limits, MicroBatch, OffsetRange, Offsets, TopicPartition, Watermarks};
 use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateFile, StateKind};
 use crate::clock::{self, ClockMs};
 use crate::config::{Config, OnFail, StartingOffsets};
@@ -37,6 +37,7 @@ use crate::state::StateStore;
 use crate::telemetry::{self, BatchProgress, Telemetry};
 use crate::trigger::Trigger;
 use crate::window;
+use crate::window::watermark::{self, EventTimeProgress, HeldBy, PartitionRead};
 
 use self::progress::lag;
 use self::recover::{check_topics, marker_of};
@@ -211,6 +212,8 @@ struct Session {
     state: Option<StateStore>,
     state_files: Vec<StateFile>,
     last: Option<Last>,
+    /// What each partition has shown up to the last committed batch.
+    event_times: EventTimeProgress,
     /// Logged by an earlier attempt, this process's or another's.
     pending: Option<LoggedPlan>,
     /// The pending batch, when tables have it already and only its commit log is missing.
@@ -226,7 +229,7 @@ struct Session {
 /// The last committed batch.
 struct Last {
     plan: MicroBatch,
-    watermark_next_ms: i64,
+    watermark_next_ms: Option<i64>,
 }
 
 impl Session {
@@ -261,13 +264,10 @@ impl Session {
         query.telemetry.lag(&lag(&starts, &available));
         self.latest = available.partitions.iter().map(|(tp, range)| (tp.clone(), range.end)).collect();
 
-        let watermarks = match &self.last {
-            Some(last) => Watermarks { late_ms: last.plan.watermarks.evict_ms, evict_ms: last.watermark_next_ms },
-            None => Watermarks::default(),
-        };
-        let windowed = !query.pipeline.windows.is_empty();
+        let trigger_time_ms = (query.clock)();
+        let (watermarks, held_by) = self.watermarks(&query.config, trigger_time_ms, &starts, &available);
         // Spark's rule: a batch without data runs when the watermark has moved since the last one.
-        let no_data = windowed && watermarks.evict_ms > watermarks.late_ms;
+        let no_data = window::runs_without_data(watermarks.evict(), watermarks.late());
         let source = &query.config.source;
         let available_now = query.config.trigger == Trigger::AvailableNow;
         let enough = available_now
@@ -284,21 +284,57 @@ impl Session {
             bytes_per_record: self.bytes_per_record,
         };
         gaps.iter().for_each(warn_of_gap);
+        let ranges = batch::plan_ranges(&starts, &readable, &limits)?;
+        let batch = self.last.as_ref().map_or(0, |l| l.plan.batch + 1);
+        let held_before = self.last.as_ref().and_then(|l| l.plan.held_by.as_ref());
         let plan = MicroBatch {
-            batch: self.last.as_ref().map_or(0, |l| l.plan.batch + 1),
+            batch,
             epoch: self.checkpoint.epoch(),
-            trigger_time_ms: (query.clock)(),
+            trigger_time_ms,
             config_fingerprint: query.config.fingerprint.clone(),
-            ranges: batch::plan_ranges(&starts, &readable, &limits)?,
+            left_behind: batch::left_behind(&ranges, &available.partitions),
+            ranges,
             gaps,
             topic_ids: available.topic_ids,
             watermarks,
+            held_by: held_by.map(|tp| HeldBy::at(&tp, held_before, batch, trigger_time_ms)),
             tables: self.tables.clone(),
         };
         let started = Instant::now();
         let plan = with_deadline("wal_commit", deadlines.checkpoint, self.checkpoint.log_plan(&plan)).await?;
         durations.insert("wal_commit".into(), millis(started));
         Ok(Planned::Run { plan: Box::new(plan), durations })
+    }
+
+    /// The watermarks of a batch that is planned now, and the partition that holds them back. A partition counts as having a
+    /// backlog whatever part of it the batch will take.
+    fn watermarks(
+        &self,
+        config: &Config,
+        trigger_time_ms: i64,
+        starts: &Offsets,
+        available: &Available,
+    ) -> (Watermarks, Option<TopicPartition>) {
+        let Some(event_time) = config.event_time.as_ref().filter(|_| !config.windows.is_empty()) else {
+            return (Watermarks::default(), None);
+        };
+        let (late_ms, at_least_ms) = match &self.last {
+            Some(last) => (last.plan.watermarks.evict_ms, last.watermark_next_ms),
+            None => (event_time.policy.initial(), event_time.policy.initial()),
+        };
+        let has_backlog = |(tp, range): (&TopicPartition, &OffsetRange)| {
+            (tp.clone(), range.end > starts.get(tp).copied().unwrap_or(range.start))
+        };
+        let backlog = available.partitions.iter().map(has_backlog).collect();
+        let decision = watermark::decide(
+            event_time.policy,
+            event_time.watermark_delay.as_millis() as i64,
+            at_least_ms,
+            &self.event_times,
+            trigger_time_ms,
+            &backlog,
+        );
+        (Watermarks { late_ms, evict_ms: decision.watermark_ms }, decision.held_by)
     }
 
     async fn available(&self) -> Result<Available, Error> {
@@ -355,11 +391,11 @@ impl Session {
             let logged = self.log_unknown_ids(plan.batch, &digest, registry);
             with_deadline("log_unknown_ids", deadlines.checkpoint, logged).await?;
         }
-        let Executed { files, delta, mut state, counts } = executed;
+        let Executed { files, delta, mut state, counts, event_times } = executed;
 
         // 4. Persist what this attempt adds to the state.
         let started = Instant::now();
-        let evict_ms = plan.watermarks.evict_ms;
+        let evict_ms = plan.watermarks.evict();
         let mut state_files: Vec<StateFile> = std::mem::take(&mut self.state_files);
         state_files.retain(|f| f.max_window_end_us.is_none_or(|end| !window::closed(end, evict_ms)));
         let (kind, delta) = if state_files.len() >= MAX_DELTAS {
@@ -400,17 +436,28 @@ impl Session {
 
         // 6. Log the commit: now the batch is done.
         let started = Instant::now();
-        let delay_ms = query.config.event_time.as_ref().map_or(0, |e| e.watermark_delay.as_millis() as i64);
-        let watermark_next_ms = if query.pipeline.windows.is_empty() {
-            evict_ms
-        } else {
-            window::advance(evict_ms, counts.max_event_time_us, delay_ms)
-        };
+        let mut watermark_next_ms = plan.watermarks.evict_ms;
+        let mut progressed = EventTimeProgress::default();
+        if let Some(event_time) = query.config.event_time.as_ref().filter(|_| !query.pipeline.windows.is_empty()) {
+            let delay_ms = event_time.watermark_delay.as_millis() as i64;
+            watermark_next_ms = event_time.policy.after_batch(watermark_next_ms, counts.max_event_time_us, delay_ms);
+            let read = plan.ranges.iter().map(|(tp, range)| {
+                let read = PartitionRead {
+                    any_offsets: !range.is_empty(),
+                    left_behind: plan.left_behind.contains_key(tp),
+                    max_event_time_us: event_times.latest_us.get(tp).copied(),
+                };
+                (tp.clone(), read)
+            });
+            let idle_timeout_ms = event_time.policy.idle_timeout_ms();
+            progressed = self.event_times.after_batch(plan.trigger_time_ms, idle_timeout_ms, read);
+        }
         let entry = CommitEntry {
             batch: plan.batch,
             epoch: self.checkpoint.epoch(),
             plan_digest: digest,
             watermark_next_ms,
+            event_times: progressed,
             state: state_files.clone(),
             snapshots: query.pipeline.tables.iter().map(|t| t.name.clone()).zip(committed.snapshots.clone()).collect(),
             counts: counts.clone(),
@@ -425,7 +472,7 @@ impl Session {
         self.tidy(&plan, &state_files, replay).await;
         durations.insert("tidy".into(), millis(started));
 
-        let mut progress = self.progress(query, &plan, &entry, &written, &state);
+        let mut progress = self.progress(query, &plan, &entry, &written, &state, &event_times);
         progress.batch_duration_ms = millis(triggered);
         let seconds = triggered.elapsed().as_secs_f64();
         progress.processed_rows_per_second = counts.records as f64 / seconds;
@@ -456,6 +503,7 @@ impl Session {
         self.state = Some(state);
         self.state_files = state_files;
         self.last = Some(Last { plan, watermark_next_ms });
+        self.event_times = entry.event_times.clone();
 
         // The batch is done and stays so; its dead letters are published before there is another one.
         if let Some(topic) = &self.dead_letter_topic {
@@ -565,10 +613,11 @@ fn summary(plan: &MicroBatch) -> Result<BTreeMap<String, String>, Error> {
         offsets.entry(&tp.topic).or_default().insert(tp.partition, [range.start, range.end]);
     }
     let offsets = serde_json::to_string(&offsets).map_err(|e| Error::Internal(e.to_string()))?;
-    Ok(BTreeMap::from([
-        ("floe.offsets".to_string(), offsets),
-        ("floe.watermark-ms".to_string(), plan.watermarks.evict_ms.to_string()),
-    ]))
+    let mut summary = BTreeMap::from([("floe.offsets".to_string(), offsets)]);
+    if let Some(watermark_ms) = plan.watermarks.evict_ms {
+        summary.insert("floe.watermark-ms".to_string(), watermark_ms.to_string());
+    }
+    Ok(summary)
 }
 
 /// Runs blocking work off the async threads.

@@ -5,11 +5,14 @@ use std::collections::BTreeMap;
 use super::{Session, StreamingQuery};
 use crate::batch::{MicroBatch, OffsetRange, Offsets, TopicPartition};
 use crate::checkpoint::CommitEntry;
+use crate::execute::EventTimes;
 use crate::source::Available;
 use crate::state::StateStore;
 use crate::telemetry::{
     self, BatchProgress, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
+    WatermarkHeldBy,
 };
+use crate::window::watermark::WatermarkPolicy;
 
 impl Session {
     /// What the batch did, for people and dashboards.
@@ -20,6 +23,7 @@ impl Session {
         entry: &CommitEntry,
         written: &[(u64, u64)],
         state: &StateStore,
+        event_times: &EventTimes,
     ) -> BatchProgress {
         let counts = &entry.counts;
         let mut sources: Vec<SourceProgress> = Vec::new();
@@ -31,6 +35,8 @@ impl Session {
                 end_offset: range.end,
                 latest_offset,
                 lag: u64::try_from(latest_offset - range.end).unwrap_or(0),
+                max_event_time_ms: entry.event_times.partitions.get(tp).and_then(|time| time.max_event_time_ms),
+                idle_since_ms: idle_since(query, plan, entry, tp),
             };
             match sources.last_mut().filter(|s| *s.topic == *tp.topic) {
                 Some(source) => source.partitions.push(partition),
@@ -48,13 +54,13 @@ impl Session {
             StateOperator {
                 num_rows_total: stats.groups,
                 num_windows: stats.open_windows,
+                next_window_end_ms: stats.next_end_us.map(|us| us.div_euclid(1000)),
                 memory_used_bytes: stats.bytes,
                 num_rows_updated: None,
                 num_rows_dropped_by_watermark: counts.late.get(&table).copied().unwrap_or(0),
                 table,
             }
         });
-        let windowed = !query.pipeline.windows.is_empty();
         BatchProgress {
             id: self.checkpoint.query_id().to_string(),
             run_id: query.run_id.to_string(),
@@ -63,8 +69,16 @@ impl Session {
             timestamp: telemetry::rfc3339(plan.trigger_time_ms),
             num_input_rows: counts.records,
             event_time: EventTime {
-                watermark_ms: windowed.then_some(plan.watermarks.evict_ms),
-                max_ms: counts.max_event_time_us.map(|us| us.div_euclid(1000)),
+                watermark_ms: plan.watermarks.evict_ms,
+                min_ms: event_times.min_us.map(|us| us.div_euclid(1000)),
+                avg_ms: event_times.avg_ms(),
+                max_ms: event_times.max_us.map(|us| us.div_euclid(1000)),
+                held_by: plan.held_by.as_ref().map(|held| WatermarkHeldBy {
+                    topic: held.topic.clone(),
+                    partition: held.partition,
+                    since_batch: held.since_batch,
+                    since_ms: held.since_ms,
+                }),
             },
             state_operators: state_operators.collect(),
             sources,
@@ -84,6 +98,17 @@ impl Session {
             ..BatchProgress::default()
         }
     }
+}
+
+/// Since when a partition has not held the watermark back any more, if it is idle.
+fn idle_since(query: &StreamingQuery, plan: &MicroBatch, entry: &CommitEntry, tp: &TopicPartition) -> Option<i64> {
+    let WatermarkPolicy::PartitionMin { idle_timeout_ms } = query.config.event_time.as_ref()?.policy else {
+        return None;
+    };
+    let time = entry.event_times.partitions.get(tp)?;
+    let has_backlog = plan.left_behind.contains_key(tp);
+    let idle = entry.event_times.is_idle(tp, plan.trigger_time_ms, has_backlog, idle_timeout_ms);
+    idle.then_some(time.active_at_ms)
 }
 
 /// How far the committed batches are behind what can be read, by partition.

@@ -16,6 +16,7 @@ use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
 use crate::source::Available;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::state::StateStore;
+use crate::window;
 
 impl Session {
     pub(super) async fn recover(query: &mut StreamingQuery) -> Result<Session, Error> {
@@ -46,11 +47,11 @@ impl Session {
         let mut pending = None;
         let mut in_tables = None;
         let mut last = None;
-        let mut evict_ms = 0;
+        let mut evict_ms = window::UNSET_WATERMARK_MS;
         if let Some(plan) = recovered.plan {
             match &recovered.commit {
                 Some(commit) if commit.batch == plan.plan.batch => {
-                    evict_ms = plan.plan.watermarks.evict_ms;
+                    evict_ms = plan.plan.watermarks.evict();
                     last = Some(Last { plan: plan.plan, watermark_next_ms: commit.watermark_next_ms });
                 }
                 _ => {
@@ -60,12 +61,13 @@ impl Session {
                         in_tables = Some(batch);
                     }
                     // The state is that of the batch before, in which windows closed by its own watermark.
-                    evict_ms = plan.plan.watermarks.late_ms;
+                    evict_ms = plan.plan.watermarks.late();
                     pending = Some(plan);
                 }
             }
         }
         let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
+        let event_times = recovered.commit.as_ref().map(|c| c.event_times.clone()).unwrap_or_default();
         let mut state = StateStore::new(pipeline.queries.clone());
         for file in &state_files {
             let bytes = checkpoint.read_state(file).await?;
@@ -104,6 +106,7 @@ impl Session {
             state: Some(state),
             state_files,
             last,
+            event_times,
             pending,
             in_tables,
             bytes_per_record,

@@ -77,6 +77,8 @@ pub struct QueryStats {
     pub open_windows: u64,
     pub groups: u64,
     pub bytes: u64,
+    /// Where its first open window ends: the next one to close.
+    pub next_end_us: Option<i64>,
 }
 
 /// What is open, by query in the order of `[[windows]]`.
@@ -193,13 +195,24 @@ impl StateStore {
     }
 
     pub fn stats(&self) -> Stats {
-        let of = |windows: &BTreeMap<i64, GroupTable>| QueryStats {
+        let of = |(query, windows): (&WindowQuery, &BTreeMap<i64, GroupTable>)| QueryStats {
             open_windows: windows.len() as u64,
             groups: windows.values().map(|t| t.groups() as u64).sum(),
             bytes: windows.values().map(|t| t.bytes() as u64).sum(),
+            next_end_us: windows.keys().next().map(|start| query.windowing().end(*start)),
         };
-        Stats { queries: self.open.iter().map(of).collect() }
+        Stats { queries: self.queries.iter().zip(&self.open).map(of).collect() }
     }
+}
+
+/// The windows in a state file, `[start, end)` by query, without reading their groups.
+pub fn windows_of(queries: &[WindowQuery], file: &[u8]) -> Result<Vec<(usize, i64, i64)>, Error> {
+    let sections = file::sections(queries, file)?.into_iter();
+    let window = |section: file::SectionView<'_>| {
+        let query = queries.get(section.query)?;
+        Some((section.query, section.start_us, query.windowing().end(section.start_us)))
+    };
+    Ok(sections.filter_map(window).collect())
 }
 
 /// Merges state files, in the order in which they were written, into one run that replaces them.

@@ -135,6 +135,11 @@ fn write_page(out: &mut String, query: &super::Shared, health: &Health, now_ms: 
         .map_or("none yet".to_string(), |ms| format!("{:.1} s ago", (now_ms - ms) as f64 / 1000.0));
     let watermark = health.watermark_ms.filter(|ms| *ms > 0).map_or("none yet".to_string(), rfc3339);
     write!(out, "<p>last commit {commit} · watermark {watermark} · lag {lag} in {} partitions</p>", health.lag.len())?;
+    if let Some(held) = health.batches.back().and_then(|b| b.event_time.held_by.as_ref()) {
+        let (topic, since) = (escape(&held.topic), rfc3339(held.since_ms));
+        let (partition, batch) = (held.partition, held.since_batch);
+        write!(out, "<p>the watermark is held back by {topic}-{partition} since batch {batch}, {since}</p>")?;
+    }
     if let Some(e) = &health.last_error {
         write!(
             out,
@@ -202,7 +207,7 @@ mod tests {
     use super::*;
     use crate::batch::TopicPartition;
     use crate::error::Kind;
-    use crate::telemetry::{BatchProgress, Counts, EventTime, StateOperator, TableProgress};
+    use crate::telemetry::{BatchProgress, Counts, EventTime, StateOperator, TableProgress, WatermarkHeldBy};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     async fn fetch(address: SocketAddr, path: &str) -> (u16, String) {
@@ -221,7 +226,12 @@ mod tests {
             timestamp: rfc3339(1_700_000_000_000),
             batch_duration_ms: 750,
             duration_ms: [("add_batch".to_string(), 600), ("commit_tables".to_string(), 100)].into(),
-            event_time: EventTime { watermark_ms: Some(1_600_000_000_000), max_ms: Some(1_600_000_600_000) },
+            event_time: EventTime {
+                watermark_ms: Some(1_600_000_000_000),
+                max_ms: Some(1_600_000_600_000),
+                held_by: Some(WatermarkHeldBy { topic: "t".into(), partition: 3, since_batch: 40, since_ms: 0 }),
+                ..EventTime::default()
+            },
             state_operators: vec![StateOperator {
                 table: "http.minutes".into(),
                 num_rows_total: 17,

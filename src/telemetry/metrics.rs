@@ -43,12 +43,15 @@ pub const STATE_BYTES: &str = "floe_state_bytes";
 pub const CHECKPOINT_BYTES: &str = "floe_checkpoint_bytes";
 pub const WATERMARK: &str = "floe_watermark_timestamp_seconds";
 pub const WATERMARK_DELAY: &str = "floe_watermark_delay_seconds";
+pub const WATERMARK_HELD_BY: &str = "floe_watermark_held_by";
+pub const WATERMARK_IDLE: &str = "floe_watermark_idle_partitions";
+pub const WATERMARK_BEHIND: &str = "floe_watermark_partition_behind_seconds";
 pub const LAST_COMMIT: &str = "floe_last_commit_timestamp_seconds";
 pub const LAST_COMMIT_AGE: &str = "floe_last_commit_age_seconds";
 pub const RETRIES: &str = "floe_retries_total";
 pub const ERRORS: &str = "floe_errors_total";
 
-const METRICS: [(&str, Type, Unit, &str); 29] = [
+const METRICS: [(&str, Type, Unit, &str); 32] = [
     (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
     (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
     (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
@@ -79,6 +82,14 @@ const METRICS: [(&str, Type, Unit, &str); 29] = [
     (CHECKPOINT_BYTES, Gauge, Unit::Bytes, "Size of the checkpoint."),
     (WATERMARK, Gauge, Unit::Seconds, "The watermark, in seconds since the epoch; absent until there is one."),
     (WATERMARK_DELAY, Gauge, Unit::Seconds, "How far the watermark is behind the wall clock."),
+    (WATERMARK_HELD_BY, Gauge, Unit::Count, "1 for the partition that holds the watermark back, 0 for the others."),
+    (WATERMARK_IDLE, Gauge, Unit::Count, "Partitions that do not hold the watermark back because they are idle."),
+    (
+        WATERMARK_BEHIND,
+        Gauge,
+        Unit::Seconds,
+        "How far the latest event time of a partition is behind that of the partition furthest ahead.",
+    ),
     (LAST_COMMIT, Gauge, Unit::Seconds, "When the last batch was committed, in seconds since the epoch."),
     (LAST_COMMIT_AGE, Gauge, Unit::Seconds, "How long ago the last batch was committed."),
     (RETRIES, Counter, Unit::Count, "Attempts that failed and were tried again."),
@@ -189,6 +200,23 @@ pub(super) fn record_batch(p: &BatchProgress) {
         gauge!(STATE_BYTES, "table" => s.table.clone()).set(s.memory_used_bytes as f64);
     }
     gauge!(CHECKPOINT_BYTES).set(p.checkpoint_bytes as f64);
+    record_partitions(p);
+}
+
+/// Nothing where there are no windows: then no partition has an event time.
+fn record_partitions(p: &BatchProgress) {
+    let partitions = || p.sources.iter().flat_map(|s| s.partitions.iter().map(move |partition| (s, partition)));
+    let Some(furthest) = partitions().filter_map(|(_, p)| p.max_event_time_ms).max() else { return };
+    gauge!(WATERMARK_IDLE).set(partitions().filter(|(_, p)| p.idle_since_ms.is_some()).count() as f64);
+    for (source, partition) in partitions() {
+        let labels = [("topic", source.topic.clone()), ("partition", partition.partition.to_string())];
+        let held_by = p.event_time.held_by.as_ref();
+        let holds = held_by.is_some_and(|h| h.topic == source.topic && h.partition == partition.partition);
+        gauge!(WATERMARK_HELD_BY, &labels).set(if holds { 1.0 } else { 0.0 });
+        if let Some(own) = partition.max_event_time_ms {
+            gauge!(WATERMARK_BEHIND, &labels).set((furthest - own) as f64 / 1000.0);
+        }
+    }
 }
 
 pub(super) fn record_lag(topic: &str, partition: i32, lag: u64) {

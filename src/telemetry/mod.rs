@@ -21,7 +21,7 @@ pub use self::http::serve;
 pub use self::logs::{init_logs, init_logs_at};
 pub use self::progress::{
     BatchProgress, Counts, EventTime, PartitionProgress, SinkProgress, SourceProgress, StateOperator, TableProgress,
-    rfc3339,
+    WatermarkHeldBy, rfc3339,
 };
 use crate::batch::TopicPartition;
 use crate::clock::{self, ClockMs};

@@ -32,14 +32,33 @@ pub struct BatchProgress {
     pub checkpoint_bytes: u64,
 }
 
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct EventTime {
     /// The watermark in force in this batch: every window that ends at or before it has been emitted. None: no event time.
     #[serde(rename = "watermark", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
     pub watermark_ms: Option<i64>,
-    /// The latest event time among this batch's rows.
+    /// Of the rows of this batch that have an event time.
+    #[serde(rename = "min", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
+    pub min_ms: Option<i64>,
+    #[serde(rename = "avg", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
+    pub avg_ms: Option<i64>,
     #[serde(rename = "max", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
     pub max_ms: Option<i64>,
+    /// Which partition holds the watermark back (`partition-min`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_by: Option<WatermarkHeldBy>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WatermarkHeldBy {
+    pub topic: String,
+    pub partition: i32,
+    pub since_batch: BatchId,
+    /// The trigger time of that batch.
+    #[serde(rename = "since", serialize_with = "as_rfc3339")]
+    pub since_ms: i64,
 }
 
 /// The open windows of one window table after the batch.
@@ -50,6 +69,9 @@ pub struct StateOperator {
     /// Groups (window and key) that are open.
     pub num_rows_total: u64,
     pub num_windows: u64,
+    /// The watermark that closes the next window.
+    #[serde(rename = "nextWindowEnd", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
+    pub next_window_end_ms: Option<i64>,
     pub memory_used_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_rows_updated: Option<u64>,
@@ -73,6 +95,12 @@ pub struct PartitionProgress {
     pub end_offset: i64,
     pub latest_offset: i64,
     pub lag: u64,
+    /// The latest event time so far.
+    #[serde(rename = "maxEventTime", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
+    pub max_event_time_ms: Option<i64>,
+    /// There since it does not hold the watermark back for being idle: when it was last active.
+    #[serde(rename = "idleSince", serialize_with = "optional_rfc3339", skip_serializing_if = "Option::is_none")]
+    pub idle_since_ms: Option<i64>,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -134,6 +162,10 @@ pub fn rfc3339(ms: i64) -> String {
     jiff::Timestamp::from_millisecond(ms).map(|t| t.to_string()).unwrap_or_else(|_| ms.to_string())
 }
 
+fn as_rfc3339<S: Serializer>(ms: &i64, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str(&rfc3339(*ms))
+}
+
 fn optional_rfc3339<S: Serializer>(ms: &Option<i64>, s: S) -> Result<S::Ok, S::Error> {
     match ms {
         Some(ms) => s.serialize_str(&rfc3339(*ms)),
@@ -149,7 +181,7 @@ mod tests {
     fn json_has_sparks_names() {
         let progress = BatchProgress {
             batch_id: 7,
-            event_time: EventTime { watermark_ms: Some(1_700_000_000_123), max_ms: None },
+            event_time: EventTime { watermark_ms: Some(1_700_000_000_123), ..EventTime::default() },
             duration_ms: [("add_batch".to_string(), 12)].into(),
             state_operators: vec![StateOperator { table: "a.b".into(), num_rows_total: 3, ..Default::default() }],
             ..Default::default()

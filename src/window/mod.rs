@@ -1,14 +1,17 @@
 //! Window assignment and the watermark: pure. The semantics are Spark's.
 //!
 //! Owns: which windows a time falls into ([`Windowing`]), how the watermark advances, when a window is closed, when a batch
-//! without data runs. Does not own: the groups inside a window ([`crate::state`]).
-//! Times are microseconds since the epoch, watermarks milliseconds, as in Spark. The watermark starts at 0 and never
-//! goes back. Windows are half-open, `[start, end)`.
+//! without data runs; [`watermark`]: over which partitions. Does not own: the groups inside a window ([`crate::state`]).
+//! Times are microseconds since the epoch, watermarks milliseconds, as in Spark. The watermark never goes back; where it
+//! starts is the policy's. Windows are half-open, `[start, end)`.
 
+pub mod watermark;
 mod windowing;
 
 pub use windowing::{Covering, Windowing};
 
+/// Before all time: a watermark that is not set yet, where one is compared with. Nothing is late and no window closed.
+pub const UNSET_WATERMARK_MS: i64 = i64::MIN;
 /// Where a watermark starts: at the epoch, as Spark's does.
 pub const INITIAL_WATERMARK_MS: i64 = 0;
 
@@ -54,6 +57,7 @@ mod tests {
         assert!(!closed(60_000_001, 60_000));
         assert!(closed(0, INITIAL_WATERMARK_MS));
         assert!(!closed(i64::MAX, i64::MAX / 1000));
+        assert!(!closed(i64::MIN + 1, UNSET_WATERMARK_MS));
         assert!(runs_without_data(1, 0) && !runs_without_data(1, 1));
     }
 }

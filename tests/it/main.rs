@@ -56,5 +56,7 @@ mod source;
 mod triggers;
 /// Tables stay small and fast, whatever the number of commits.
 mod upkeep;
+/// The watermark by partitions: who holds it back, who is idle, and what is late.
+mod watermark;
 /// Windows equal the truth under disorder, and late rows are counted.
 mod windows;

@@ -45,6 +45,7 @@ impl Pipeline {
             [event_time]
             column = "event_timestamp"
             watermark_delay = "2 minutes"
+            policy = "global-max"
             [rows]
             table = "telemetry.events"
             partition_by = ["day(event_timestamp)"]
@@ -202,6 +203,14 @@ impl Pipeline {
     /// `floe run` to its end with a failpoint armed: `name:action[:nth]`.
     pub fn run_failing(&self, failpoint: &str) -> Ended {
         self.spawn_with(&[("FLOE_FAILPOINT", failpoint)]).wait()
+    }
+
+    /// `floe watermark --json`, which has to succeed.
+    pub fn watermark(&self) -> Value {
+        let output = self.command().args(["watermark", "--json"]).arg(self.config_file()).output().expect("floe");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_str(&text).expect("one JSON object")
     }
 
     /// `floe check` to its end.
