@@ -45,10 +45,13 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let quality = quality(r, known);
     let windows = windows(r, known);
     let rows: Vec<&TableConfig> = known.iter().filter_map(|t| t.rows.as_ref()).collect();
-    if rows.is_empty() && windows.is_empty() && types.is_some() {
-        let problem = match known {
-            [only] if only.name.is_empty() => "there is nothing to write: add [rows], [[windows]] or both",
-            _ => "there is nothing to write: give a type a table, or add [[windows]]",
+    // Without a schema the types are not known; what is written is.
+    let several = r.has("types");
+    if windows.is_empty() && rows.is_empty() && (types.is_some() || !several && !r.has("rows")) {
+        let problem = if several {
+            "there is nothing to write: give a type a table, or add [[windows]]"
+        } else {
+            "there is nothing to write: add [rows], [[windows]] or both"
         };
         r.error("", problem);
     }

@@ -54,6 +54,8 @@ mod shutdown;
 mod source;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.
 mod triggers;
+/// Several message types in one pipeline: topic and members pick schema and table.
+mod types;
 /// Tables stay small and fast, whatever the number of commits.
 mod upkeep;
 /// The watermark by partitions: who holds it back, who is idle, and what is late.
