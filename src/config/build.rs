@@ -61,6 +61,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let dead_letters = dead_letters(r, rows.first().copied(), &windows);
     let dead_letter_topic = dead_letter_topic(r, &source.topics);
     let catalog = catalog(r);
+    let maintenance = maintenance(r);
     let checkpoint_location =
         if r.has("checkpoint.location") { r.text("checkpoint.location") } else { Some(format!("checkpoints/{name}")) };
     check_location(r, "checkpoint.location", checkpoint_location.as_deref());
@@ -81,6 +82,7 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
         dead_letters,
         dead_letter_topic,
         catalog: catalog?,
+        maintenance,
         checkpoint_location: checkpoint_location?,
         http,
         retry,
@@ -427,6 +429,53 @@ fn catalog(r: &mut Reader<'_>) -> Option<CatalogConfig> {
             None
         }
         None => None,
+    }
+}
+
+/// A file may be an hour old before the commit that names it: batches and other writers take their time.
+const SHORTEST_ORPHAN_GRACE: Duration = Duration::from_secs(3_600);
+
+fn maintenance(r: &mut Reader<'_>) -> MaintenanceConfig {
+    let enabled = r.boolean("maintenance.enabled").unwrap_or(true);
+    let mut duration = |name: &str| {
+        let key = format!("maintenance.{name}");
+        let found = r.duration(&key);
+        if found.is_some_and(|d| d.is_zero()) {
+            r.error(&key, "found 0, allowed is a duration above 0");
+        }
+        found.unwrap_or_default()
+    };
+    let interval = duration("interval");
+    let time_budget = duration("time_budget");
+    let max_snapshot_age = duration("max_snapshot_age");
+    let compact_after = duration("compact_after");
+    let orphan_grace = duration("orphan_grace");
+    let batch = r.duration("deadlines.add_batch").unwrap_or_default();
+    let shortest = SHORTEST_ORPHAN_GRACE.max(batch.saturating_mul(2));
+    if orphan_grace < shortest && !orphan_grace.is_zero() {
+        let problem =
+            format!("found {orphan_grace:?}, allowed is {shortest:?} or more: an hour, and twice deadlines.add_batch");
+        r.error("maintenance.orphan_grace", problem);
+    }
+    let mut count = |name: &str, least: u64| {
+        let key = format!("maintenance.{name}");
+        let found = r.integer(&key).unwrap_or(least);
+        if found < least {
+            r.error(&key, format!("found {found}, allowed is {least} or more"));
+        }
+        usize::try_from(found).unwrap_or(usize::MAX)
+    };
+    let max_snapshots = count("max_snapshots", 1);
+    let compact_min_files = count("compact_min_files", 2);
+    MaintenanceConfig {
+        enabled,
+        interval,
+        time_budget,
+        max_snapshot_age,
+        max_snapshots,
+        compact_min_files,
+        compact_after,
+        orphan_grace,
     }
 }
 

@@ -55,6 +55,7 @@ pub struct Config {
     /// A topic that gets every dead letter as well.
     pub dead_letter_topic: Option<String>,
     pub catalog: CatalogConfig,
+    pub maintenance: MaintenanceConfig,
     /// A path or a URL (`s3://` …); relative paths are relative to the working directory.
     pub checkpoint_location: String,
     pub http: HttpConfig,
@@ -282,6 +283,25 @@ pub struct WindowConfig {
 #[derive(Clone, Debug)]
 pub enum CatalogConfig {
     Sqlite { path: PathBuf, warehouse: String },
+}
+
+/// What keeps the tables small and fast while they are written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MaintenanceConfig {
+    pub enabled: bool,
+    pub interval: Duration,
+    /// The longest that one run takes up new work.
+    pub time_budget: Duration,
+    /// Of tables that do not say so themselves (`history.expire.max-snapshot-age-ms`).
+    pub max_snapshot_age: Duration,
+    /// Of Floe's own snapshots, in tables that name no age themselves.
+    pub max_snapshots: usize,
+    /// So many small files of a partition that is still written are compacted; of a quiet one, any more than three.
+    pub compact_min_files: usize,
+    /// How long ago the event time, or the last write, of a partition has to be for it to count as quiet.
+    pub compact_after: Duration,
+    /// A file that nothing references is deleted once it is that old.
+    pub orphan_grace: Duration,
 }
 
 #[derive(Clone, Debug)]

@@ -138,6 +138,15 @@ pub const SETTINGS: &[Setting] = &[
     default("catalog.type", Kind::Text, "sqlite"),
     default("catalog.path", Kind::Text, "data/catalog.db"),
     default("catalog.warehouse", Kind::Text, "data/warehouse"),
+    default("maintenance.enabled", Kind::Boolean, "true"),
+    default("maintenance.interval", Kind::Duration, "10 minutes"),
+    default("maintenance.time_budget", Kind::Duration, "2 minutes"),
+    default("maintenance.max_snapshot_age", Kind::Duration, "5 days"),
+    // The metadata of a table names every snapshot and is written anew with each commit.
+    default("maintenance.max_snapshots", Kind::Integer, "100"),
+    default("maintenance.compact_min_files", Kind::Integer, "20"),
+    default("maintenance.compact_after", Kind::Duration, "1 hour"),
+    default("maintenance.orphan_grace", Kind::Duration, "3 days"),
     // checkpoints/<name>
     absent("checkpoint.location", Kind::Text),
     default("http.listen", Kind::Text, "127.0.0.1:8080"),

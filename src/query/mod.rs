@@ -9,6 +9,7 @@
 mod hold;
 mod progress;
 mod recover;
+mod upkeep;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +42,7 @@ use crate::window::watermark::{self, EventTimeProgress, HeldBy, PartitionRead};
 
 use self::progress::lag;
 use self::recover::{check_topics, marker_of};
+use self::upkeep::Upkeep;
 
 /// Logs older than this many batches are removed.
 const RETAINED_BATCHES: u64 = 100;
@@ -71,6 +73,7 @@ pub async fn run_observed(
             .map_err(|e| Error::Http { listen, message: e.to_string() })?;
     }
     let breaker = config.quality.breaker.clone().map(Breaker::new);
+    let upkeep = Upkeep::new(config.maintenance.clone(), telemetry.clone());
     let mut query = StreamingQuery {
         config: Arc::new(config),
         pipeline: Arc::new(pipeline),
@@ -82,9 +85,12 @@ pub async fn run_observed(
         last_trigger: None,
         ends_at_start: None,
         breaker,
+        upkeep,
         on_batch: Box::new(on_batch),
     };
-    query.run().await
+    let ended = query.run().await;
+    query.upkeep.stop().await;
+    ended
 }
 
 struct StreamingQuery {
@@ -100,6 +106,7 @@ struct StreamingQuery {
     /// `available_now`: where the partitions ended when this process first looked.
     ends_at_start: Option<Offsets>,
     breaker: Option<Breaker>,
+    upkeep: Upkeep,
     on_batch: Box<dyn Fn(&BatchProgress) + Send + Sync>,
 }
 
@@ -180,10 +187,12 @@ impl StreamingQuery {
                 }
                 Planned::Done => {
                     tracing::info!("everything that was there at the start is committed");
+                    self.upkeep.finish(&session.sink, self.shutdown.clone()).await;
                     return Ok(());
                 }
                 Planned::Nothing => {}
             }
+            self.upkeep.begin_if_due(&session.sink);
             if let Trigger::ProcessingTime(interval) = self.config.trigger
                 && self.sleep(interval.saturating_sub(triggered.elapsed())).await
             {
@@ -495,6 +504,7 @@ impl Session {
         report_expectations(query, plan.batch, &counts);
         query.let_through(plan.batch, passed);
         query.telemetry.batch(progress.clone());
+        query.upkeep.batch_done();
         (query.on_batch)(&progress);
 
         if counts.records > 0 {

@@ -30,6 +30,8 @@ mod exactly_once;
 mod harness;
 /// Whatever is in a record, it becomes a row or a dead letter with its reason.
 mod invalid_data;
+/// Snapshots expire, small files are compacted, orphans go; whatever is killed meanwhile, and whoever else writes.
+mod maintenance;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.
