@@ -28,10 +28,11 @@ use crate::batch::{MicroBatch, TopicPartition};
 use crate::checkpoint::Counts;
 use crate::dead_letter::{self, Reason};
 use crate::decode::registry::BatchRegistry;
+use crate::decode::route::Split;
 use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
 use crate::late;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{MessageType, Pipeline};
 use crate::quality::{Expectations, Violation};
 use crate::sink::iceberg::{IcebergSink, TableWriter};
 use crate::source::{Chunk, Chunks};
@@ -114,7 +115,9 @@ pub fn execute(
         attempt,
         cancel,
         chunks: Mutex::new(chunks),
-        lanes: plan.ranges.keys().map(|_| OrderedLane::new(pipeline, plan)).collect(),
+        lanes: (plan.ranges.keys())
+            .flat_map(|_| pipeline.types.iter().map(|of| OrderedLane::new(pipeline, of, plan)))
+            .collect(),
         violation: Mutex::new(None),
     };
 
@@ -262,9 +265,17 @@ struct Job<'a> {
     attempt: Uuid,
     cancel: &'a AtomicBool,
     chunks: Mutex<Chunks>,
+    /// By partition in the order of the plan, and by message type.
     lanes: Vec<OrderedLane>,
     /// The first record that an expectation does not let pass.
     violation: Mutex<Option<Violation>>,
+}
+
+/// What one worker has done so far.
+struct Done<'a> {
+    writers: Writers<'a>,
+    counts: Counts,
+    event_times: EventTimes,
 }
 
 impl<'a> Job<'a> {
@@ -273,17 +284,16 @@ impl<'a> Job<'a> {
     }
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
-        let mut decoder = RecordDecoder::new(self.pipeline.schema.clone(), self.registry.clone());
-        let mut writers = self.writers(worker);
-        let mut counts = Counts::default();
-        let mut event_times = EventTimes::default();
-        while let Some(mut chunk) = self.next_chunk()? {
-            self.process(&mut chunk, &mut decoder, &mut writers, &mut counts, &mut event_times)?;
+        let mut decoders = self.pipeline.decoders(self.registry.as_ref());
+        let mut done =
+            Done { writers: self.writers(worker), counts: Counts::default(), event_times: EventTimes::default() };
+        while let Some(chunk) = self.next_chunk()? {
+            self.process(chunk, &mut decoders, &mut done)?;
             if crate::failpoint::hit("execute.chunk") {
                 return Err(Error::Internal("failpoint execute.chunk".into()));
             }
         }
-        Ok(Output { files: writers.finish()?, counts, event_times })
+        Ok(Output { files: done.writers.finish()?, counts: done.counts, event_times: done.event_times })
     }
 
     fn next_chunk(&self) -> Result<Option<Chunk>, Error> {
@@ -300,20 +310,38 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn process(
+    /// Routes the records of a chunk to their types.
+    fn process(&self, mut chunk: Chunk, decoders: &mut [RecordDecoder], done: &mut Done<'_>) -> Result<(), Error> {
+        done.counts.records += chunk.records.len() as u64;
+        done.counts.bytes += chunk.data.len() as u64;
+        match self.pipeline.router.split(&chunk) {
+            Split::Whole(of) => self.process_type(of, &mut chunk, &mut decoders[of], done),
+            Split::Parts { records, rejected } => {
+                // Every type, also one that has no record here: its lane takes the chunks of the partition one after another.
+                for (of, (records, decoder)) in records.iter().zip(decoders).enumerate() {
+                    let mut part = chunk.take_part(records);
+                    self.process_type(of, &mut part, decoder, done)?;
+                    chunk.data = part.data;
+                }
+                self.refuse(&chunk, &rejected, None, done)
+            }
+        }
+    }
+
+    fn process_type(
         &self,
+        of: usize,
         chunk: &mut Chunk,
         decoder: &mut RecordDecoder,
-        writers: &mut Writers<'_>,
-        counts: &mut Counts,
-        event_times: &mut EventTimes,
+        done: &mut Done<'_>,
     ) -> Result<(), Error> {
+        let message_type = &self.pipeline.types[of];
         let Admitted { batch, records, rejected, filtered, dropped, failures, violation } =
-            admit(self.pipeline, self.plan.trigger_time_ms, chunk, decoder)?;
-        counts.filtered += filtered;
-        counts.dropped += dropped;
-        for (expectation, failures) in self.pipeline.expectations.iter().flat_map(|e| e.iter()).zip(&failures) {
-            *counts.expectations.entry(expectation.name.clone()).or_default() += failures;
+            admit(message_type, self.plan.trigger_time_ms, chunk, decoder)?;
+        done.counts.filtered += filtered;
+        done.counts.dropped += dropped;
+        for (expectation, failures) in message_type.expectations.iter().zip(&failures) {
+            *done.counts.expectations.entry(expectation.name.clone()).or_default() += failures;
         }
         if let Some(found) = violation {
             let mut first = lock(&self.violation);
@@ -321,45 +349,50 @@ impl<'a> Job<'a> {
                 *first = Some(found);
             }
         }
-        counts.records += chunk.records.len() as u64;
-        counts.bytes += chunk.data.len() as u64;
-        counts.rows += batch.num_rows() as u64;
-        for rejection in &rejected {
-            *counts.dead_letters.entry(rejection.reason.code().to_string()).or_default() += 1;
-        }
-
-        if !rejected.is_empty() {
-            let dead = dead_letter::from_rejections(
-                chunk,
-                &rejected,
-                &self.pipeline.schema.fingerprint,
-                self.plan.batch,
-                self.plan.trigger_time_ms,
-            );
-            writers.write(self.pipeline.dead_letters, &dead)?;
-        }
-        if let Some(table) = self.pipeline.rows {
-            if self.pipeline.provenance {
-                let rows = with_provenance(&self.pipeline.rows_schema, &batch, chunk, &records)?;
-                writers.write(table, &rows)?;
+        done.counts.rows += batch.num_rows() as u64;
+        self.refuse(chunk, &rejected, Some(&message_type.schema.fingerprint), done)?;
+        if let Some(table) = message_type.rows {
+            if message_type.provenance {
+                let rows = with_provenance(&message_type.rows_schema, &batch, chunk, &records)?;
+                done.writers.write(table, &rows)?;
             } else {
-                writers.write(table, &batch)?;
+                done.writers.write(table, &batch)?;
             }
         }
-        let (event_time, watermark_ms) = (self.pipeline.event_time, self.plan.watermarks.late());
-        for (query, table) in self.pipeline.queries.iter().zip(&self.pipeline.late_rows) {
-            let Some(table) = *table else { continue };
+        let Some(event_time) = message_type.event_time.filter(|_| !self.pipeline.windows.is_empty()) else {
+            return Ok(());
+        };
+        let watermark_ms = self.plan.watermarks.late();
+        for &query in message_type.queries.iter() {
+            let (Some(table), query) = (self.pipeline.late_rows[query], &self.pipeline.queries[query]) else {
+                continue;
+            };
             for late in query.late_rows(&batch, event_time, watermark_ms)? {
-                writers.write(table, &late::rows(query.table(), late, watermark_ms, &batch, chunk, &records)?)?;
+                done.writers.write(table, &late::rows(query.table(), late, watermark_ms, &batch, chunk, &records)?)?;
             }
         }
-        if !self.pipeline.windows.is_empty() {
-            if let Some(times) = batch.column(self.pipeline.event_time).as_primitive_opt::<TimestampMicrosecondType>() {
-                event_times.take_in(chunk, times);
-            }
-            self.lanes[chunk.lane].submit(chunk.sequence, batch, self)?;
+        if let Some(times) = batch.column(event_time).as_primitive_opt::<TimestampMicrosecondType>() {
+            done.event_times.take_in(chunk, times);
         }
-        Ok(())
+        self.lanes[chunk.lane * self.pipeline.types.len() + of].submit(chunk.sequence, batch, self)
+    }
+
+    fn refuse(
+        &self,
+        chunk: &Chunk,
+        rejected: &[Rejection],
+        schema: Option<&str>,
+        done: &mut Done<'_>,
+    ) -> Result<(), Error> {
+        if rejected.is_empty() {
+            return Ok(());
+        }
+        for rejection in rejected {
+            *done.counts.dead_letters.entry(rejection.reason.code().to_string()).or_default() += 1;
+        }
+        let (batch, trigger_time_ms) = (self.plan.batch, self.plan.trigger_time_ms);
+        let dead = dead_letter::from_rejections(chunk, rejected, schema, batch, trigger_time_ms);
+        done.writers.write(self.pipeline.dead_letters, &dead)
     }
 }
 
@@ -381,17 +414,17 @@ pub struct Admitted {
 /// Decoding, checks, `[transform]` and expectations: the way of a record into the tables, the first time and when a dead letter is
 /// tried again.
 pub fn admit(
-    pipeline: &Pipeline,
+    of: &MessageType,
     trigger_time_ms: i64,
     chunk: &mut Chunk,
     decoder: &mut RecordDecoder,
 ) -> Result<Admitted, Error> {
     let decoded = decoder.decode(chunk)?;
     let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
-    refuse_future(pipeline, trigger_time_ms, &mut batch, &mut records, &mut rejected)?;
+    refuse_future(of, trigger_time_ms, &mut batch, &mut records, &mut rejected)?;
     let decoded_rows = batch.num_rows();
     let mut filtered = 0;
-    if let Some(transform) = &pipeline.transform {
+    if let Some(transform) = &of.transform {
         let transformed = transform.apply(&batch)?;
         for (row, message) in &transformed.failed {
             rejected.push(Rejection {
@@ -409,8 +442,8 @@ pub fn admit(
     }
     let mut admitted =
         Admitted { batch, records, rejected, filtered, dropped: 0, failures: Vec::new(), violation: None };
-    if let Some(expectations) = &pipeline.expectations {
-        expect(expectations, chunk, &mut admitted)?;
+    if !of.expectations.is_empty() {
+        expect(&of.expectations, chunk, &mut admitted)?;
     }
     Ok(admitted)
 }
@@ -448,20 +481,20 @@ fn expect(expectations: &Expectations, chunk: &Chunk, admitted: &mut Admitted) -
 
 /// A device with its clock in 2099 costs a dead letter, not everyone's windows.
 fn refuse_future(
-    pipeline: &Pipeline,
+    of: &MessageType,
     trigger_time_ms: i64,
     batch: &mut RecordBatch,
     records: &mut Vec<u32>,
     rejected: &mut Vec<Rejection>,
 ) -> Result<(), Error> {
-    let Some((column, max_future)) = pipeline.future_guard else { return Ok(()) };
+    let Some((column, max_future)) = of.future_guard else { return Ok(()) };
     let limit_us = trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
     let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
     if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
         return Ok(());
     }
     let kept: BooleanArray = (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
-    let name = pipeline.schema.arrow.field(column).name();
+    let name = of.schema.arrow.field(column).name();
     for row in (0..times.len()).filter(|&row| !kept.value(row)) {
         let at = timestamp_text(times.value(row));
         rejected.push(Rejection {
@@ -527,7 +560,7 @@ pub fn with_provenance(
     RecordBatch::try_new(schema.clone(), columns).map_err(|e| Error::Internal(e.to_string()))
 }
 
-/// One partition's aggregation: chunks may arrive in any order and are taken in offset order.
+/// The aggregation of one partition's rows of one type: chunks may arrive in any order and are taken in offset order.
 struct OrderedLane {
     state: Mutex<LaneState>,
     drained: Condvar,
@@ -541,8 +574,9 @@ struct LaneState {
 }
 
 impl OrderedLane {
-    fn new(pipeline: &Pipeline, plan: &MicroBatch) -> Self {
-        let lane = Lane::new(pipeline.queries.clone(), pipeline.event_time, plan.watermarks.late());
+    fn new(pipeline: &Pipeline, of: &MessageType, plan: &MicroBatch) -> Self {
+        let event_time = of.event_time.unwrap_or_default();
+        let lane = Lane::new(pipeline.queries.clone(), of.queries.clone(), event_time, plan.watermarks.late());
         OrderedLane {
             state: Mutex::new(LaneState { next: 0, waiting: BTreeMap::new(), lane: Some(lane) }),
             drained: Condvar::new(),

@@ -14,7 +14,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::Error;
 use crate::batch::{OffsetRange, Ranges};
 use crate::checkpoint::Checkpoint;
-use crate::config::{CatalogConfig, Config, RegistryConfig};
+use crate::config::{CatalogConfig, Config, ExpectationConfig, RegistryConfig, TypeConfig};
 use crate::decode::framing::schema_id;
 use crate::decode::registry::{Registry, Writer};
 use crate::pipeline::Pipeline;
@@ -48,7 +48,13 @@ pub async fn check(config: &Config) -> Result<(), Error> {
         }
     };
     report("config", Ok(format!("pipeline {:?}, fingerprint {}", config.name, &config.fingerprint[..12])));
-    report("schema", Ok(columns(config)));
+    for of in &config.types {
+        let named = !of.name.is_empty();
+        report(if named { "type" } else { "schema" }, Ok(if named { message_type(of) } else { columns(of) }));
+    }
+    if !config.quality.expectations.is_empty() {
+        report("expect", Ok(expectations(config)));
+    }
     report("guarantee", Ok(config.guarantee()));
     let CatalogConfig::Sqlite { path, warehouse } = &config.catalog;
     let broker = in_time(broker(config)).await;
@@ -82,10 +88,10 @@ async fn blocking<T: Send + 'static>(probe: impl FnOnce() -> Result<T, String> +
     tokio::task::spawn_blocking(probe).await.unwrap_or_else(|e| Err(format!("the probe itself failed: {e}")))
 }
 
-fn columns(config: &Config) -> String {
+fn columns(of: &TypeConfig) -> String {
     // The configuration has been compiled before; what does not compile now is shown without its derived columns.
-    let derived = Transform::compile(&config.transform, &config.schema.arrow).map(|t| t.output_schema());
-    let schema = derived.unwrap_or_else(|_| config.schema.arrow.clone());
+    let derived = Transform::compile(&of.transform, &of.schema.arrow).map(|t| t.output_schema());
+    let schema = derived.unwrap_or_else(|_| of.schema.arrow.clone());
     let mut text = format!("{} columns:", schema.fields().len());
     for field in schema.fields() {
         let null = if field.is_nullable() { "" } else { " not null" };
@@ -93,10 +99,36 @@ fn columns(config: &Config) -> String {
         let _ = write!(text, " {} {}{null},", field.name(), type_name(field.data_type()));
     }
     text.pop();
-    for place in &config.schema.slow_keywords {
+    for place in &of.schema.slow_keywords {
         let _ = write!(text, "\n{place} is checked by a second pass over every record");
     }
     text
+}
+
+/// Which records are of a type and where their rows go.
+fn message_type(of: &TypeConfig) -> String {
+    let mut text = format!("{}: ", of.name);
+    let topic = of.when.topic.iter().map(|topic| format!("topic {topic}"));
+    let member = of.when.member.iter().map(|(name, value)| format!("{name} = {value:?}"));
+    let when: Vec<String> = topic.chain(member).collect();
+    text += &if when.is_empty() { "all other records".to_string() } else { when.join(", ") };
+    if let Some(rows) = &of.rows {
+        let _ = write!(text, "; rows go to {}", rows.table);
+    }
+    if let Some(event_time) = &of.event_time {
+        let _ = write!(text, "; event time {event_time}");
+    }
+    format!("{text}\n{}", columns(of))
+}
+
+/// What valid rows are held to beyond the schema.
+fn expectations(config: &Config) -> String {
+    let line = |e: &ExpectationConfig| {
+        let of = config.types.get(e.of).map(|of| of.name.as_str()).filter(|name| !name.is_empty());
+        let of = of.map_or_else(String::new, |name| format!(" of {name}"));
+        format!("{}{of}: {} ({})", e.name, e.sql, e.on_fail.name())
+    };
+    config.quality.expectations.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// Iceberg's names for the types that schemas have.

@@ -324,7 +324,8 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn report_text(config: &Config, report: &Report, dry_run: bool) -> String {
-    let rows_table = config.rows.as_ref().map_or("", |rows| rows.table.as_str());
+    let tables: Vec<&str> = config.types.iter().filter_map(|of| Some(of.rows.as_ref()?.table.as_str())).collect();
+    let rows_table = tables.join(", ");
     let mut text = format!("{} dead letters in {}", report.letters, config.dead_letters.table);
     let mut line = |count: u64, what: String| {
         if count > 0 {

@@ -4,6 +4,7 @@
 pub mod check;
 pub mod demo;
 pub mod dlq;
+pub mod maintain;
 pub mod resume;
 pub mod run;
 pub mod state;
@@ -39,6 +40,14 @@ enum Command {
     Resume(File),
     /// Show the open windows of a pipeline, their groups and bytes, as the checkpoint has them.
     State(File),
+    /// Expire snapshots, compact small files and remove orphans of a pipeline's tables, once, and say what was done.
+    Maintain {
+        #[command(flatten)]
+        file: File,
+        /// Only say what there is to do.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Say where the watermark is, which partition holds it back since when, and which windows it closes next. Reads the
     /// checkpoint alone, whether the pipeline runs or not.
     Watermark {
@@ -115,6 +124,17 @@ impl Cli {
                 let text = state::state(&load(&file)?).await?;
                 std::io::stdout().write_all(text.as_bytes()).map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
+            Command::Maintain { file: File { file }, dry_run } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let reports = maintain::maintain(&load(&file)?, dry_run).await?;
+                let mut out = std::io::stdout();
+                for report in &reports {
+                    writeln!(out, "{report}").map_err(|e| Error::Other(e.to_string()))?;
+                }
+                match reports.iter().filter(|r| !r.errors.is_empty()).count() {
+                    0 => Ok(ExitCode::SUCCESS),
+                    n => Err(Error::Other(format!("maintenance of {n} of {} tables failed", reports.len()))),
+                }
             }
             Command::Watermark { file, json } => {
                 crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
@@ -153,6 +173,7 @@ mod tests {
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
             ("floe state pipeline.toml", true),
+            ("floe maintain pipeline.toml --dry-run", true),
             ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),

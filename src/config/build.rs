@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use arrow::datatypes::DataType;
 
-use super::error::{ConfigError, Place};
 use super::read::Reader;
 use super::*;
 use crate::late;
@@ -40,22 +38,30 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let name = name(r);
     let source = source(r);
     let trigger = trigger(r);
-    let schema = schema(r);
     let registry = registry::registry(r);
-    let transform = TransformConfig { filter: r.text("transform.filter"), columns: r.map("transform.columns") };
-    let quality = quality(r);
     let event_time = event_time(r);
-    let rows = r.has("rows").then(|| table(r, "rows"));
-    let windows = windows(r);
-    if rows.is_none() && windows.is_empty() {
-        r.error("", "there is nothing to write: add [rows], [[windows]] or both");
+    let types = types::types(r, &source.topics, event_time.as_ref());
+    let known = types.as_ref().map_or(&[][..], |(types, _)| types.as_slice());
+    let quality = quality(r, known);
+    let windows = windows(r, known);
+    let rows: Vec<&TableConfig> = known.iter().filter_map(|t| t.rows.as_ref()).collect();
+    // Without a schema the types are not known; what is written is.
+    let several = r.has("types");
+    if windows.is_empty() && rows.is_empty() && (types.is_some() || !several && !r.has("rows")) {
+        let problem = if several {
+            "there is nothing to write: give a type a table, or add [[windows]]"
+        } else {
+            "there is nothing to write: add [rows], [[windows]] or both"
+        };
+        r.error("", problem);
     }
     if !windows.is_empty() && event_time.is_none() {
         r.error("windows.0", "windows need [event_time] with a column");
     }
-    let dead_letters = dead_letters(r, rows.as_ref(), &windows);
+    let dead_letters = dead_letters(r, rows.first().copied(), &windows);
     let dead_letter_topic = dead_letter_topic(r, &source.topics);
     let catalog = catalog(r);
+    let maintenance = maintenance(r);
     let checkpoint_location =
         if r.has("checkpoint.location") { r.text("checkpoint.location") } else { Some(format!("checkpoints/{name}")) };
     check_location(r, "checkpoint.location", checkpoint_location.as_deref());
@@ -64,21 +70,20 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     let execution = execution(r);
     let state = StateConfig { memory_budget_bytes: r.bytes("state.memory_budget").unwrap_or_default() };
 
-    let (schema, document) = schema?;
+    let (types, documents) = types?;
     let mut config = Config {
         name,
         source,
         trigger,
-        schema,
+        types,
         registry,
-        transform,
         quality,
         event_time,
-        rows,
         windows,
         dead_letters,
         dead_letter_topic,
         catalog: catalog?,
+        maintenance,
         checkpoint_location: checkpoint_location?,
         http,
         retry,
@@ -90,18 +95,12 @@ pub fn build(r: &mut Reader<'_>) -> Option<Config> {
     check_tables(r, &config);
     if r.errors.is_empty() {
         // Messages of the SQL compiler are of use only when the columns it looks for exist.
-        let found = pipeline::compile_pipeline(
-            &config.schema.arrow,
-            &config.transform,
-            &config.quality.expectations,
-            config.event_time.as_ref(),
-            &config.windows,
-        );
+        let found = pipeline::compile_pipeline(&config.types, &config.quality.expectations, &config.windows);
         for (key, problem) in found {
             r.error(&key, problem);
         }
     }
-    config.fingerprint = fingerprint::fingerprint(&config, &document);
+    config.fingerprint = fingerprint::fingerprint(&config, documents);
     Some(config)
 }
 
@@ -117,7 +116,7 @@ fn name(r: &mut Reader<'_>) -> String {
 }
 
 /// Kafka's rule for topic names, and a good one for other names.
-fn is_plain(text: &str, max: usize) -> bool {
+pub(super) fn is_plain(text: &str, max: usize) -> bool {
     !text.is_empty()
         && text.len() <= max
         && text != "."
@@ -210,37 +209,7 @@ fn trigger(r: &mut Reader<'_>) -> Trigger {
     }
 }
 
-/// The compiled schema and its document.
-fn schema(r: &mut Reader<'_>) -> Option<(Arc<Schema>, String)> {
-    r.required("schema.file");
-    let file = r.text("schema.file")?;
-    let path = r.file.parent().unwrap_or(Path::new("")).join(file);
-    let document = match std::fs::read_to_string(&path) {
-        Ok(document) => document,
-        Err(e) => {
-            r.error("schema.file", format!("cannot read {}: {e}", path.display()));
-            return None;
-        }
-    };
-    let extra_column = r.text("schema.extra_column");
-    if extra_column.as_deref().is_some_and(|name| name.is_empty() || name.starts_with("_kafka_")) {
-        r.error("schema.extra_column", "a name is needed that does not begin with _kafka_, such as \"_extra\"");
-        return None;
-    }
-    match Schema::parse_with_extra(&document, extra_column.as_deref()) {
-        Ok(schema) => Some((schema, document)),
-        Err(problems) => {
-            r.errors.extend(problems.into_iter().map(|problem| ConfigError {
-                place: Place::File(path.clone(), 0),
-                key: String::new(),
-                problem,
-            }));
-            None
-        }
-    }
-}
-
-fn quality(r: &mut Reader<'_>) -> QualityConfig {
+fn quality(r: &mut Reader<'_>, types: &[TypeConfig]) -> QualityConfig {
     let mut expectations: Vec<ExpectationConfig> = Vec::new();
     for index in 0.. {
         let section = format!("quality.expect.{index}");
@@ -264,7 +233,8 @@ fn quality(r: &mut Reader<'_>) -> QualityConfig {
             let allowed = OnFail::ALL.map(|o| format!("{:?}", o.name())).join(", ");
             r.error(&key, format!("found {found:?}, allowed are {allowed}"));
         }
-        expectations.push(ExpectationConfig { name, sql, on_fail: on_fail.unwrap_or(OnFail::Warn) });
+        let of = types::type_index(r, &format!("{section}.type"), types);
+        expectations.push(ExpectationConfig { of, name, sql, on_fail: on_fail.unwrap_or(OnFail::Warn) });
     }
     let max_error_rate = r.share("quality.max_error_rate");
     let min_records = r.integer("quality.min_records").unwrap_or(1);
@@ -315,7 +285,7 @@ fn event_time(r: &mut Reader<'_>) -> Option<EventTimeConfig> {
     Some(EventTimeConfig { column, watermark_delay, policy, max_future })
 }
 
-fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {
+pub(super) fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {
     let key = format!("{section}.table");
     r.required(&key);
     let table = r.text(&key);
@@ -329,7 +299,10 @@ fn table(r: &mut Reader<'_>, section: &str) -> TableConfig {
         partition_by: r.list(&format!("{section}.partition_by")),
         sort_by: r.list(&format!("{section}.sort_by")),
         properties: r.map(&format!("{section}.properties")).into_iter().collect(),
-        provenance: section == "rows" && r.boolean("rows.provenance").unwrap_or(true),
+        // Only tables of rows have it.
+        provenance: settings::find(&[section, "provenance"].join(".").split('.').map(String::from).collect::<Vec<_>>())
+            .is_some()
+            && r.boolean(&format!("{section}.provenance")).unwrap_or(true),
     }
 }
 
@@ -340,7 +313,7 @@ fn is_table_name(text: &str) -> bool {
     text.split_once('.').is_some_and(|(namespace, table)| part(namespace) && part(table))
 }
 
-fn windows(r: &mut Reader<'_>) -> Vec<WindowConfig> {
+fn windows(r: &mut Reader<'_>, types: &[TypeConfig]) -> Vec<WindowConfig> {
     let mut windows = Vec::new();
     for index in 0.. {
         let section = format!("windows.{index}");
@@ -359,8 +332,9 @@ fn windows(r: &mut Reader<'_>) -> Vec<WindowConfig> {
         let group_by = r.list(&format!("{section}.group_by"));
         let filter = r.text(&format!("{section}.filter"));
         // Without a windowing there is an error, and with an error no configuration.
+        let of = types::type_index(r, &format!("{section}.type"), types);
         let Some(windowing) = windowing else { continue };
-        windows.push(WindowConfig { table, windowing, filter, late_table, group_by, aggregates });
+        windows.push(WindowConfig { of, table, windowing, filter, late_table, group_by, aggregates });
     }
     windows
 }
@@ -460,6 +434,53 @@ fn catalog(r: &mut Reader<'_>) -> Option<CatalogConfig> {
     }
 }
 
+/// A file may be an hour old before the commit that names it: batches and other writers take their time.
+const SHORTEST_ORPHAN_GRACE: Duration = Duration::from_secs(3_600);
+
+fn maintenance(r: &mut Reader<'_>) -> MaintenanceConfig {
+    let enabled = r.boolean("maintenance.enabled").unwrap_or(true);
+    let mut duration = |name: &str| {
+        let key = format!("maintenance.{name}");
+        let found = r.duration(&key);
+        if found.is_some_and(|d| d.is_zero()) {
+            r.error(&key, "found 0, allowed is a duration above 0");
+        }
+        found.unwrap_or_default()
+    };
+    let interval = duration("interval");
+    let time_budget = duration("time_budget");
+    let max_snapshot_age = duration("max_snapshot_age");
+    let compact_after = duration("compact_after");
+    let orphan_grace = duration("orphan_grace");
+    let batch = r.duration("deadlines.add_batch").unwrap_or_default();
+    let shortest = SHORTEST_ORPHAN_GRACE.max(batch.saturating_mul(2));
+    if orphan_grace < shortest && !orphan_grace.is_zero() {
+        let problem =
+            format!("found {orphan_grace:?}, allowed is {shortest:?} or more: an hour, and twice deadlines.add_batch");
+        r.error("maintenance.orphan_grace", problem);
+    }
+    let mut count = |name: &str, least: u64| {
+        let key = format!("maintenance.{name}");
+        let found = r.integer(&key).unwrap_or(least);
+        if found < least {
+            r.error(&key, format!("found {found}, allowed is {least} or more"));
+        }
+        usize::try_from(found).unwrap_or(usize::MAX)
+    };
+    let max_snapshots = count("max_snapshots", 1);
+    let compact_min_files = count("compact_min_files", 2);
+    MaintenanceConfig {
+        enabled,
+        interval,
+        time_budget,
+        max_snapshot_age,
+        max_snapshots,
+        compact_min_files,
+        compact_after,
+        orphan_grace,
+    }
+}
+
 fn check_location(r: &mut Reader<'_>, key: &str, location: Option<&str>) {
     let Some(location) = location else { return };
     let scheme = location.split_once("://").map_or("file", |(scheme, _)| scheme);
@@ -555,43 +576,64 @@ const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offse
 
 /// Columns are named where they exist and not twice.
 fn check_columns(r: &mut Reader<'_>, config: &Config) {
-    let fields: Vec<&str> = config.schema.arrow.fields().iter().map(|f| f.name().as_str()).collect();
-    let mut columns = fields.clone();
-    for (name, _) in &config.transform.columns {
-        if columns.contains(&name.as_str()) {
-            r.error("transform.columns", format!("{name:?} is a column of the schema; choose another name"));
+    let mut of_types = Vec::with_capacity(config.types.len());
+    for (index, of) in config.types.iter().enumerate() {
+        // Where the settings of a type stand.
+        let (transform, rows_section, event_time) = if of.name.is_empty() {
+            ("transform.columns".to_string(), "rows".to_string(), "event_time.column".to_string())
+        } else {
+            let own = format!("types.{index}.event_time");
+            let event_time = if r.has(&own) { own } else { "event_time.column".to_string() };
+            (format!("types.{index}.columns"), format!("types.{index}"), event_time)
+        };
+        let fields: Vec<&str> = of.schema.arrow.fields().iter().map(|f| f.name().as_str()).collect();
+        let mut columns = fields.clone();
+        for (name, _) in &of.transform.columns {
+            if columns.contains(&name.as_str()) {
+                r.error(&transform, format!("{name:?} is a column of the schema; choose another name"));
+            }
+            columns.push(name);
         }
-        columns.push(name);
-    }
-    if let Some(rows) = &config.rows {
-        let mut all = columns.clone();
-        if rows.provenance {
-            for provenance in PROVENANCE {
-                if all.contains(&provenance) {
-                    let problem = format!("{provenance} is already a column; rename it, or set provenance = false");
-                    r.error("rows.provenance", problem);
+        if let Some(rows) = &of.rows {
+            let mut all = columns.clone();
+            if rows.provenance {
+                for provenance in PROVENANCE {
+                    if all.contains(&provenance) {
+                        let problem = format!("{provenance} is already a column; rename it, or set provenance = false");
+                        r.error(&format!("{rows_section}.provenance"), problem);
+                    }
+                    all.push(provenance);
                 }
-                all.push(provenance);
+            }
+            check_layout(r, &rows_section, rows, &all);
+        }
+        if let Some(column) = of.event_time.as_ref().filter(|column| !column.is_empty()) {
+            match of.schema.arrow.field_with_name(column) {
+                Err(_) => {
+                    let problem = format!("{column:?} is no field of the schema; there are {}", fields.join(", "));
+                    r.error(&event_time, problem);
+                }
+                Ok(field) if !matches!(field.data_type(), DataType::Timestamp(_, Some(_))) => {
+                    let problem = format!("{column:?} is no time: it needs \"format\": \"date-time\" in the schema");
+                    r.error(&event_time, problem);
+                }
+                Ok(_) => {}
             }
         }
-        check_layout(r, "rows", rows, &all);
-    }
-    if let Some(event_time) = config.event_time.as_ref().filter(|e| !e.column.is_empty()) {
-        match config.schema.arrow.field_with_name(&event_time.column) {
-            Err(_) => {
-                let problem =
-                    format!("{:?} is no field of the schema; there are {}", event_time.column, fields.join(", "));
-                r.error("event_time.column", problem);
-            }
-            Ok(field) if !matches!(field.data_type(), DataType::Timestamp(_, Some(_))) => {
-                let problem =
-                    format!("{:?} is no time: it needs \"format\": \"date-time\" in the schema", event_time.column);
-                r.error("event_time.column", problem);
-            }
-            Ok(_) => {}
-        }
+        of_types.push(columns);
     }
     for (index, window) in config.windows.iter().enumerate() {
+        let Some(columns) = of_types.get(window.of) else { continue };
+        if let Some(of) =
+            config.types.get(window.of).filter(|of| of.event_time.is_none() && config.event_time.is_some())
+        {
+            let column = config.event_time.as_ref().map_or("", |e| e.column.as_str());
+            let problem = format!(
+                "the schema of type {:?} has no field {column:?}; windows need one: name it in the type's event_time",
+                of.name
+            );
+            r.error(&format!("windows.{index}"), problem);
+        }
         let mut output = vec!["window_start", "window_end"];
         let key = format!("windows.{index}.group_by");
         for column in &window.group_by {
@@ -653,14 +695,17 @@ fn check_layout(r: &mut Reader<'_>, section: &str, table: &TableConfig, columns:
 
 fn check_tables(r: &mut Reader<'_>, config: &Config) {
     let mut tables: Vec<(String, &str)> = Vec::new();
-    tables.extend(config.rows.iter().map(|t| ("rows.table".into(), t.table.as_str())));
+    for (index, of) in config.types.iter().enumerate() {
+        let key = if of.name.is_empty() { "rows.table".to_string() } else { format!("types.{index}.table") };
+        tables.extend(of.rows.iter().map(|t| (key.clone(), t.table.as_str())));
+    }
     let windows = config.windows.iter().enumerate();
     tables.extend(windows.map(|(i, w)| (format!("windows.{i}.table"), w.table.table.as_str())));
     tables.push(("dead_letters.table".into(), &config.dead_letters.table));
     for (index, window) in config.windows.iter().enumerate() {
         let Some(late) = &window.late_table else { continue };
-        // Late rows of all windows look the same: they may share a table.
-        if !config.windows[..index].iter().any(|w| w.late_table.as_ref() == Some(late)) {
+        // Late rows of all windows of a type look the same: they may share a table.
+        if !config.windows[..index].iter().any(|w| w.late_table.as_ref() == Some(late) && w.of == window.of) {
             tables.push((format!("windows.{index}.late_table"), &late.table));
         }
     }

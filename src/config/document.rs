@@ -262,7 +262,11 @@ fn resolve(root: &Node, rest: &str) -> Result<Vec<String>, String> {
             _ => 0,
         };
         if index >= count {
-            let entry = if path[0] == "windows" { "window".to_string() } else { path[..at].join(".") };
+            let entry = match path[0].as_str() {
+                "windows" => "window".to_string(),
+                "types" => "type".to_string(),
+                _ => path[..at].join("."),
+            };
             return Err(format!("there is no {entry} {index}: the file has {count}, counted from 0"));
         }
     }

@@ -3,41 +3,63 @@
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Config, TableConfig, WindowConfig};
+use super::{Config, ExpectationConfig, TableConfig, TypeConfig, WindowConfig};
 
 /// SHA-256 over a canonical form. In it: schema document, the column of what it leaves open, whether there is a registry, transform,
 /// expectations, event time, and of every table its name, columns and keys. Not in it: what decides only where from, how fast and how
 /// often, such as brokers, topics (a plan has its own), watermark policy (a plan has its watermarks), trigger, limits
 /// and retry.
-pub fn fingerprint(config: &Config, schema_document: &str) -> String {
-    // A document that is not JSON has been refused before.
-    let schema: Value = serde_json::from_str(schema_document).unwrap_or(Value::Null);
+pub fn fingerprint(config: &Config, documents: Vec<Value>) -> String {
     let mut meaning = json!({
-        "schema": canonical(schema),
         "registry": config.registry.is_some(),
-        "filter": config.transform.filter,
-        "columns": config.transform.columns,
         "event_time": config.event_time.as_ref().map(|e| json!({
             "column": e.column,
             "watermark_delay_ms": e.watermark_delay.as_millis() as u64,
             "max_future_ms": e.max_future.map(|d| d.as_millis() as u64),
         })),
-        "rows": config.rows.as_ref().map(|t| json!([table(t), t.provenance])),
         "windows": config.windows.iter().map(window).collect::<Vec<_>>(),
         "dead_letters": table(&config.dead_letters),
     });
-    // Only where it is set, so that checkpoints from before there was the setting go on.
-    if let (true, Some(extra), Some(meaning)) =
-        (config.schema.has_extra, config.schema.arrow.fields().last(), meaning.as_object_mut())
-    {
-        meaning.insert("extra_column".to_owned(), extra.name().as_str().into());
+    let types: Vec<Value> =
+        config.types.iter().zip(documents).map(|(of, document)| message_type(of, document)).collect();
+    match types.as_slice() {
+        // The settings of the only type stand beside the others.
+        [Value::Object(only)] if config.types.iter().all(|of| of.name.is_empty()) => {
+            if let Some(meaning) = meaning.as_object_mut() {
+                meaning.extend(only.clone());
+            }
+        }
+        _ => meaning["types"] = types.into(),
     }
     // Only where there are some: configurations without them keep the fingerprint that they have always had.
     let expectations = &config.quality.expectations;
     if !expectations.is_empty() {
-        meaning["expectations"] = expectations.iter().map(|e| json!([e.name, e.sql, e.on_fail.name()])).collect();
+        let expectation = |e: &ExpectationConfig| match e.of {
+            0 => json!([e.name, e.sql, e.on_fail.name()]),
+            of => json!([e.name, e.sql, e.on_fail.name(), of]),
+        };
+        meaning["expectations"] = expectations.iter().map(expectation).collect();
     }
     Sha256::digest(meaning.to_string()).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn message_type(of: &TypeConfig, document: Value) -> Value {
+    let mut meaning = json!({
+        "schema": canonical(document),
+        "filter": of.transform.filter,
+        "columns": of.transform.columns,
+        "rows": of.rows.as_ref().map(|t| json!([table(t), t.provenance])),
+    });
+    // Only where it is set, so that checkpoints from before there was the setting go on.
+    if let (true, Some(extra)) = (of.schema.has_extra, of.schema.arrow.fields().last()) {
+        meaning["extra_column"] = extra.name().as_str().into();
+    }
+    if !of.name.is_empty() {
+        meaning["name"] = of.name.as_str().into();
+        meaning["when"] = json!([of.when.topic, of.when.member]);
+        meaning["event_time"] = of.event_time.as_deref().into();
+    }
+    meaning
 }
 
 /// What there has not always been is only there where it is set.
@@ -48,6 +70,9 @@ fn window(window: &WindowConfig) -> Value {
         "group_by": window.group_by,
         "aggregates": window.aggregates,
     });
+    if window.of > 0 {
+        meaning["type"] = window.of.into();
+    }
     let windowing = window.windowing.to_string();
     if windowing != (window.windowing.size().as_millis() * 1000).to_string() {
         meaning["windowing"] = windowing.into();

@@ -16,6 +16,7 @@ mod registry;
 pub mod settings;
 #[cfg(test)]
 mod tests;
+mod types;
 pub(crate) mod units;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ pub use error::{ConfigError, ConfigErrors, Place};
 pub use registry::RegistryConfig;
 
 use crate::batch::Offsets;
+use crate::decode::route::When;
 use crate::schema::Schema;
 use crate::trigger::Trigger;
 use crate::window::Windowing;
@@ -41,19 +43,19 @@ pub struct Config {
     pub name: String,
     pub source: SourceConfig,
     pub trigger: Trigger,
-    pub schema: Arc<Schema>,
+    /// What records are held to and where their rows go: one, or those of `[[types]]`.
+    pub types: Vec<TypeConfig>,
     /// Where the schemas of framed records are. None: payloads are plain JSON.
     pub registry: Option<RegistryConfig>,
-    pub transform: TransformConfig,
     pub quality: QualityConfig,
     /// None: no windows and no watermark.
     pub event_time: Option<EventTimeConfig>,
-    pub rows: Option<TableConfig>,
     pub windows: Vec<WindowConfig>,
     pub dead_letters: TableConfig,
     /// A topic that gets every dead letter as well.
     pub dead_letter_topic: Option<String>,
     pub catalog: CatalogConfig,
+    pub maintenance: MaintenanceConfig,
     /// A path or a URL (`s3://` …); relative paths are relative to the working directory.
     pub checkpoint_location: String,
     pub http: HttpConfig,
@@ -100,7 +102,7 @@ impl Config {
                 |late: &&TableConfig| self.windows[..index].iter().any(|w| w.late_table.as_ref() == Some(late));
             std::iter::once(&window.table).chain(window.late_table.as_ref().filter(|late| !shared(late)))
         });
-        self.rows.iter().chain(windows).chain(std::iter::once(&self.dead_letters))
+        self.types.iter().filter_map(|t| t.rows.as_ref()).chain(windows).chain(std::iter::once(&self.dead_letters))
     }
 
     /// What a reader of the tables may rely on, as it follows from the configuration.
@@ -171,6 +173,19 @@ pub enum StartingOffsets {
     Explicit(Offsets),
 }
 
+/// Records of one kind.
+#[derive(Clone, Debug)]
+pub struct TypeConfig {
+    /// Empty for the only one of a pipeline without `[[types]]`.
+    pub name: String,
+    pub when: When,
+    pub schema: Arc<Schema>,
+    pub transform: TransformConfig,
+    /// Its column of event times. None: its rows have no say in the watermark.
+    pub event_time: Option<String>,
+    pub rows: Option<TableConfig>,
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct TransformConfig {
     pub filter: Option<String>,
@@ -188,6 +203,8 @@ pub struct QualityConfig {
 
 #[derive(Clone, Debug)]
 pub struct ExpectationConfig {
+    /// Index of the message type whose rows it looks at.
+    pub of: usize,
     pub name: String,
     pub sql: String,
     pub on_fail: OnFail,
@@ -251,6 +268,8 @@ pub struct TableConfig {
 
 #[derive(Clone, Debug)]
 pub struct WindowConfig {
+    /// Index of the message type whose rows it aggregates.
+    pub of: usize,
     pub table: TableConfig,
     pub windowing: Windowing,
     /// SQL over the columns of a row: the rows that the windows are made of. None: all.
@@ -265,6 +284,25 @@ pub struct WindowConfig {
 #[derive(Clone, Debug)]
 pub enum CatalogConfig {
     Sqlite { path: PathBuf, warehouse: String },
+}
+
+/// What keeps the tables small and fast while they are written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MaintenanceConfig {
+    pub enabled: bool,
+    pub interval: Duration,
+    /// The longest that one run takes up new work.
+    pub time_budget: Duration,
+    /// Of tables that do not say so themselves (`history.expire.max-snapshot-age-ms`).
+    pub max_snapshot_age: Duration,
+    /// Of Floe's own snapshots, in tables that name no age themselves.
+    pub max_snapshots: usize,
+    /// So many small files of a partition that is still written are compacted; of a quiet one, any more than three.
+    pub compact_min_files: usize,
+    /// How long ago the event time, or the last write, of a partition has to be for it to count as quiet.
+    pub compact_after: Duration,
+    /// A file that nothing references is deleted once it is that old.
+    pub orphan_grace: Duration,
 }
 
 #[derive(Clone, Debug)]

@@ -73,7 +73,11 @@ impl Reader<'_> {
                 }
             }
             _ if is_list => {
-                let entry = if path[0] == "windows" { "window" } else { "entry" };
+                let entry = match path[0].as_str() {
+                    "windows" => "window",
+                    "types" => "type",
+                    _ => "entry",
+                };
                 self.error_at(node, path, format!("write every {entry} as a section [[{}]]", path.join(".")));
             }
             _ => self.error_at(node, path, format!("found {}, allowed is a section", describe(node, false))),

@@ -81,8 +81,23 @@ pub const SETTINGS: &[Setting] = &[
     absent("schema.registry_password", Kind::Text),
     absent("transform.filter", Kind::Text),
     absent("transform.columns", Kind::Map),
+    required("types.*.name", Kind::Text),
+    absent("types.*.topic", Kind::Text),
+    absent("types.*.field", Kind::Text),
+    absent("types.*.equals", Kind::Text),
+    required("types.*.schema", Kind::Text),
+    absent("types.*.extra_column", Kind::Text),
+    absent("types.*.event_time", Kind::Text),
+    absent("types.*.filter", Kind::Text),
+    absent("types.*.columns", Kind::Map),
+    absent("types.*.table", Kind::Text),
+    absent("types.*.partition_by", Kind::List),
+    absent("types.*.sort_by", Kind::List),
+    absent("types.*.properties", Kind::Map),
+    default("types.*.provenance", Kind::Boolean, "true"),
     required("quality.expect.*.name", Kind::Text),
     required("quality.expect.*.sql", Kind::Text),
+    absent("quality.expect.*.type", Kind::Text),
     default("quality.expect.*.on_fail", Kind::Text, "warn"),
     absent("quality.max_error_rate", Kind::Share),
     default("quality.min_records", Kind::Integer, "1000"),
@@ -100,6 +115,7 @@ pub const SETTINGS: &[Setting] = &[
     absent("rows.properties", Kind::Map),
     default("rows.provenance", Kind::Boolean, "true"),
     required("windows.*.table", Kind::Text),
+    absent("windows.*.type", Kind::Text),
     required("windows.*.size", Kind::Duration),
     absent("windows.*.slide", Kind::Duration),
     default("windows.*.start", Kind::Duration, "0 seconds"),
@@ -122,6 +138,15 @@ pub const SETTINGS: &[Setting] = &[
     default("catalog.type", Kind::Text, "sqlite"),
     default("catalog.path", Kind::Text, "data/catalog.db"),
     default("catalog.warehouse", Kind::Text, "data/warehouse"),
+    default("maintenance.enabled", Kind::Boolean, "true"),
+    default("maintenance.interval", Kind::Duration, "10 minutes"),
+    default("maintenance.time_budget", Kind::Duration, "2 minutes"),
+    default("maintenance.max_snapshot_age", Kind::Duration, "5 days"),
+    // The metadata of a table names every snapshot and is written anew with each commit.
+    default("maintenance.max_snapshots", Kind::Integer, "100"),
+    default("maintenance.compact_min_files", Kind::Integer, "20"),
+    default("maintenance.compact_after", Kind::Duration, "1 hour"),
+    default("maintenance.orphan_grace", Kind::Duration, "3 days"),
     // checkpoints/<name>
     absent("checkpoint.location", Kind::Text),
     default("http.listen", Kind::Text, "127.0.0.1:8080"),
@@ -158,7 +183,7 @@ pub fn is_section(path: &[String]) -> bool {
     })
 }
 
-/// Whether entries of a list lie at the path: `[[windows]]`, `[[quality.expect]]`.
+/// Whether entries of a list lie at the path: `[[windows]]`, `[[types]]`, `[[quality.expect]]`.
 pub fn is_list(path: &[String]) -> bool {
     SETTINGS.iter().any(|s| {
         let mut parts = s.key.split('.');
@@ -194,7 +219,10 @@ pub fn suggestion(path: &[String]) -> String {
     if let Some(s) = SETTINGS.iter().find(|s| s.key.rsplit('.').next() == Some(lower.as_str())) {
         return format!(
             "did you mean {}?",
-            s.key.replace("windows.*", "[[windows]]").replace("quality.expect.*", "[[quality.expect]]")
+            s.key
+                .replace("windows.*", "[[windows]]")
+                .replace("types.*", "[[types]]")
+                .replace("quality.expect.*", "[[quality.expect]]")
         );
     }
     format!("allowed here: {}", names.join(", "))

@@ -168,7 +168,7 @@ fn a_minimal_file_takes_every_default() {
     assert!(c.source.fail_on_data_loss);
     assert_eq!(c.trigger, Trigger::ProcessingTime(Duration::from_secs(10)));
     assert!(c.event_time.is_none());
-    assert!(c.rows.unwrap().provenance);
+    assert!(c.types[0].rows.clone().unwrap().provenance);
     assert_eq!(c.dead_letters.table, "telemetry.dead_letters");
     let CatalogConfig::Sqlite { path, warehouse } = c.catalog;
     assert_eq!((path.to_str().unwrap(), warehouse.as_str()), ("data/catalog.db", "data/warehouse"));
@@ -200,14 +200,14 @@ fn a_full_file_is_read_as_it_is_written() {
     assert_eq!(c.source.kafka["sasl.username"], "floe");
     assert_eq!(c.source.kafka["session.timeout.ms"], "45000");
     assert_eq!(c.trigger, Trigger::ProcessingTime(Duration::from_secs(5)));
-    assert_eq!(c.transform.filter.as_deref(), Some("status <> 'test'"));
-    let names: Vec<&str> = c.transform.columns.iter().map(|(n, _)| n.as_str()).collect();
+    assert_eq!(c.types[0].transform.filter.as_deref(), Some("status <> 'test'"));
+    let names: Vec<&str> = c.types[0].transform.columns.iter().map(|(n, _)| n.as_str()).collect();
     assert_eq!(names, ["battery_low", "a_first"], "in the order of the file");
     let event_time = c.event_time.unwrap();
     assert_eq!(event_time.watermark_delay, Duration::from_secs(1_200));
     assert_eq!(event_time.policy, WatermarkPolicy::PartitionMin { idle_timeout_ms: 120_000 });
     assert_eq!(event_time.max_future, Some(Duration::from_secs(3_600)));
-    let rows = c.rows.unwrap();
+    let rows = c.types[0].rows.clone().unwrap();
     assert_eq!(rows.partition_by, ["day(event_timestamp)", "bucket(16, device_id)"]);
     assert_eq!(rows.sort_by, ["device_id desc"]);
     assert_eq!(rows.properties["write.parquet.compression-codec"], "zstd");
@@ -261,6 +261,19 @@ fn other_value(key: &str) -> &'static str {
         "dead_letters.sort_by" => "offset",
         "dead_letters.topic" => "refused",
         "rows.provenance" => "true",
+        "types.*.name" => "readouts",
+        "types.*.topic" => "more",
+        "types.*.field" => "type",
+        "types.*.equals" => "other",
+        "types.*.schema" => "other.json",
+        "types.*.extra_column" => "_extra",
+        "types.*.event_time" => "other_time",
+        "types.*.filter" => "battery_level > 1",
+        "types.*.table" => "telemetry.readings",
+        "types.*.partition_by" => "device_id",
+        "types.*.sort_by" => "device_id",
+        "types.*.provenance" => "false",
+        "windows.*.type" | "quality.expect.*.type" => "readings",
         "windows.*.group_by" => "device_id, status",
         "windows.*.time_zone" => "Europe/Berlin",
         "windows.*.filter" => "status = 'ok'",
@@ -274,6 +287,9 @@ fn other_value(key: &str) -> &'static str {
         "catalog.type" => "sqlite",
         "catalog.path" => "other.db",
         "catalog.warehouse" => "elsewhere",
+        "maintenance.enabled" => "false",
+        "maintenance.max_snapshots" | "maintenance.compact_min_files" => "77",
+        "maintenance.orphan_grace" => "77 days",
         "checkpoint.location" => "nowhere",
         "http.listen" => "127.0.0.1:1",
         "retry.strategy" => "exponential",
@@ -285,6 +301,32 @@ fn other_value(key: &str) -> &'static str {
     }
 }
 
+/// The same with two message types, told apart by a member.
+fn with_types(full: &str) -> String {
+    let from = full.find("[schema]").unwrap();
+    let to = full.find("[event_time]").unwrap();
+    let rows = full.find("[rows]").unwrap();
+    let windows = full.find("[[windows]]").unwrap();
+    let types = r#"
+[[types]]
+name = "readings"
+topic = "telemetry"
+field = "kind"
+equals = "reading"
+schema = "schema.json"
+table = "telemetry.events"
+columns = { battery_low = "battery_level < 20" }
+[[types]]
+name = "alerts"
+schema = "schema.json"
+columns = { battery_low = "battery_level < 20" }
+"#;
+    let windows = full[windows..]
+        .replace("[[windows]]", "[[windows]]\ntype = \"alerts\"")
+        .replace("[[quality.expect]]", "[[quality.expect]]\ntype = \"alerts\"");
+    [&full[..from], types, &full[to..rows], &windows].concat()
+}
+
 #[test]
 fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names() {
     let document =
@@ -294,14 +336,17 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
     let windows = "size = \"1 day\"\nlate = \"table\"";
     let full = FULL.replace("[transform]\n", registry).replace("size = \"1 minute\"", windows);
     let shown = |c: &Config| format!("{c:?}").rsplit_once("fingerprint").unwrap().0.to_string();
+    let of_types = with_types(&full);
     for setting in SETTINGS.iter().filter(|s| s.kind != Kind::Map) {
+        let full = if setting.key.contains("type") && setting.key != "catalog.type" { &of_types } else { &full };
         let variable = format!("FLOE_{}", setting.key.replace('*', "0").replace('.', "__").to_uppercase());
         let value = other_value(setting.key);
         let mut case = Case::new();
         fs::write(case.folder.path().join("schema.json"), &document).unwrap();
-        let before = shown(&case.load(&full).unwrap());
+        fs::write(case.folder.path().join("other.json"), SCHEMA.replace("\"status\"", "\"state\"")).unwrap();
+        let before = shown(&case.load(full).unwrap());
         case.env.insert(variable.clone(), value.into());
-        let by_variable = shown(&case.load(&full).unwrap_or_else(|e| panic!("{variable}: {e}")));
+        let by_variable = shown(&case.load(full).unwrap_or_else(|e| panic!("{variable}: {e}")));
         // A password is not shown.
         let same_by_nature =
             ["schema.file", "schema.registry_password", "event_time.policy", "catalog.type"].contains(&setting.key);
@@ -310,10 +355,10 @@ fn every_setting_is_read_from_a_variable_and_from_a_file_that_a_variable_names()
         let mounted = case.folder.path().join("mounted");
         fs::write(&mounted, format!("{value}\n")).unwrap();
         case.env = BTreeMap::from([(format!("{variable}_FILE"), mounted.to_str().unwrap().to_string())]);
-        assert_eq!(shown(&case.load(&full).unwrap()), by_variable, "{variable}_FILE");
+        assert_eq!(shown(&case.load(full).unwrap()), by_variable, "{variable}_FILE");
 
         case.env.insert(variable.clone(), value.into());
-        let errors = case.errors(&full);
+        let errors = case.errors(full);
         assert_eq!(errors, [format!("${variable}: both {variable} and {variable}_FILE are set; unset one of them")]);
     }
 }
@@ -330,8 +375,8 @@ fn entries_of_maps_have_variables_too() {
     let c = case.load(FULL).unwrap();
     assert_eq!(c.source.kafka["sasl.password"], "other");
     assert_eq!(c.source.kafka["ssl.ca.location"], "/ca.pem");
-    assert_eq!(c.transform.columns[0].1, "battery_level < 10");
-    assert_eq!(c.rows.unwrap().properties["write.parquet.compression-codec"], "gzip");
+    assert_eq!(c.types[0].transform.columns[0].1, "battery_level < 10");
+    assert_eq!(c.types[0].rows.clone().unwrap().properties["write.parquet.compression-codec"], "gzip");
     assert_eq!(c.windows[0].aggregates[0].1, "count(status)");
 }
 

@@ -239,7 +239,7 @@ mod tests {
         };
         let rejection =
             Rejection { record: 0, reason: Reason::WrongType, path: Cow::from("$.a"), message: Cow::from("m") };
-        let rows = from_rejections(&chunk, &[rejection], "abc", 7, 2_000);
+        let rows = from_rejections(&chunk, &[rejection], Some("abc"), 7, 2_000);
         let letters = Letters::of(&rows).unwrap();
         let letter = letters.iter().next().unwrap();
         assert_eq!(letter.place(), Some(Place { topic: "t", partition: 3, offset: 10 }));

@@ -47,6 +47,7 @@ pub enum Reason {
     UnknownSchemaId,
     /// The schema of the record's id is no JSON Schema.
     UnsupportedSchema,
+    UnknownType,
     FutureEventTime,
     /// A derived column or the filter failed on the record, as a division by zero does.
     ExpressionFailed,
@@ -59,7 +60,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 24] = [
+    pub const ALL: [Reason; 25] = [
         Reason::NullValue,
         Reason::Empty,
         Reason::InvalidUtf8,
@@ -79,6 +80,7 @@ impl Reason {
         Reason::SchemaRegistryFraming,
         Reason::UnknownSchemaId,
         Reason::UnsupportedSchema,
+        Reason::UnknownType,
         Reason::FutureEventTime,
         Reason::ExpressionFailed,
         Reason::ExpectationFailed,
@@ -112,6 +114,7 @@ impl Reason {
             Reason::SchemaRegistryFraming => "schema_registry_framing",
             Reason::UnknownSchemaId => "unknown_schema_id",
             Reason::UnsupportedSchema => "unsupported_schema",
+            Reason::UnknownType => "unknown_type",
             Reason::FutureEventTime => "future_event_time",
             Reason::ExpressionFailed => "expression_failed",
             Reason::ExpectationFailed => "expectation_failed",
@@ -159,7 +162,7 @@ fn header_fields() -> Fields {
 pub fn from_rejections(
     chunk: &Chunk,
     rejected: &[Rejection],
-    schema: &str,
+    schema: Option<&str>,
     batch: BatchId,
     trigger_time_ms: i64,
 ) -> RecordBatch {
@@ -180,7 +183,7 @@ pub fn from_rejections(
             key: chunk.key(index),
             payload: chunk.value(index),
             headers: headers.map(|(_, headers)| headers.as_slice()),
-            schema: Some(schema),
+            schema,
         });
     }
     rows.finish()
@@ -378,7 +381,7 @@ mod tests {
         let reject = |record, reason| Rejection { record, reason, path: Cow::from("$"), message: Cow::from("m") };
         let rejected =
             [reject(0, Reason::MissingField), reject(1, Reason::MalformedJson), reject(2, Reason::NullValue)];
-        let rows = from_rejections(&chunk, &rejected, "0123abcd", 7, 2_000);
+        let rows = from_rejections(&chunk, &rejected, Some("0123abcd"), 7, 2_000);
         assert_eq!(rows.schema(), arrow_schema());
         assert_eq!(rows.num_rows(), 3);
         let column = |name: &str| rows.column_by_name(name).unwrap().clone();

@@ -22,10 +22,11 @@ use crate::clock;
 use crate::config::Config;
 use crate::decode::RecordDecoder;
 use crate::decode::registry::BatchRegistry;
+use crate::decode::route::Split;
 use crate::error::Error as QueryError;
 use crate::execute::{self, Admitted};
 use crate::failpoint;
-use crate::pipeline::Pipeline;
+use crate::pipeline::{MessageType, Pipeline};
 use crate::retry::{Strategy, random};
 use crate::sink;
 use crate::sink::iceberg::{
@@ -41,6 +42,8 @@ const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis
 const CHUNK_BYTES: usize = 16 << 20;
 const PLACE: [&str; 3] = ["_kafka_topic", "_kafka_partition", "_kafka_offset"];
 const PLACE_ROWS: usize = 16 * 1024;
+/// What letters are counted under whose message type has no table of rows.
+const NO_TABLE: &str = "no_rows_table";
 /// Up to so many offsets of a topic are looked for by name, more by their range.
 const NAMED_OFFSETS: usize = 100;
 
@@ -73,8 +76,8 @@ pub struct Report {
     pub failed: BTreeMap<String, u64>,
     /// New rows that the windows will not count, by window table.
     pub late: Vec<Late>,
-    /// The snapshot with the new rows; none in a dry run and where there were none.
-    pub snapshot: Option<i64>,
+    /// The snapshots with the new rows, by table; none in a dry run and where there were none.
+    pub snapshots: Vec<i64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -86,6 +89,23 @@ pub struct Late {
     pub open: u64,
 }
 
+impl Report {
+    /// With what another message type adds. What was there before is the same for all of them.
+    fn and(mut self, other: Report) -> Report {
+        self.rows += other.rows;
+        self.filtered += other.filtered;
+        for (reason, count) in other.failed {
+            *self.failed.entry(reason).or_default() += count;
+        }
+        for (late, other) in self.late.iter_mut().zip(other.late) {
+            late.closed += other.closed;
+            late.open += other.open;
+        }
+        self.snapshots.extend(other.snapshots);
+        self
+    }
+}
+
 /// Offsets by topic and partition.
 type Places = BTreeMap<(String, i32), BTreeSet<i64>>;
 
@@ -93,42 +113,64 @@ fn count(places: &Places) -> u64 {
     places.values().map(|offsets| offsets.len() as u64).sum()
 }
 
-/// Runs the selected letters of the pipeline's topics through it. A dry run writes nothing.
+/// Runs the selected letters of the pipeline's topics through it, one message type after another: each has a rows table of
+/// its own. A dry run writes nothing.
 pub async fn retry(config: &Config, selection: &Selection, dry_run: bool) -> Result<Report, Error> {
     let pipeline = Pipeline::compile(config).map_err(|problems| QueryError::Compile(problems.join("\n")))?;
     let pipeline = Arc::new(pipeline);
-    let Some(rows_table) = pipeline.rows.map(|rows| pipeline.tables[rows].clone()) else {
-        return Err(Error::Refused("the pipeline has no [rows] table that retried letters could go to".into()));
-    };
     let without_provenance =
         "whether a letter is done shows in the _kafka_ columns of the rows table, which are missing";
-    if !pipeline.provenance {
-        return Err(Error::Refused(format!(
-            "rows.provenance is false: {without_provenance}, so that letters could be doubled. Retry needs rows.provenance = true"
-        )));
+    let mut targets = Vec::new();
+    let mut specs = Vec::new();
+    for (of, message_type) in pipeline.types.iter().enumerate() {
+        let Some(spec) = message_type.rows.map(|rows| pipeline.tables[rows].clone()) else { continue };
+        if !message_type.provenance {
+            return Err(Error::Refused(format!(
+                "table {} is written with provenance = false: {without_provenance}, so that letters could be doubled. Retry \
+                 needs provenance = true",
+                spec.name
+            )));
+        }
+        let rows = open(config, &spec.name).await?;
+        if let Some(column) = PLACE.iter().find(|column| !rows.has_column(column)) {
+            return Err(Error::Refused(format!("table {} has no column {column}: {without_provenance}", spec.name)));
+        }
+        targets.push(Target { of, rows });
+        specs.push(spec);
+    }
+    if targets.is_empty() {
+        return Err(Error::Refused("the pipeline has no table of rows that retried letters could go to".into()));
     }
     let dead_letters = open(config, &config.dead_letters.table).await?;
-    let rows = open(config, &rows_table.name).await?;
-    if let Some(column) = PLACE.iter().find(|column| !rows.has_column(column)) {
-        return Err(Error::Refused(format!("table {} has no column {column}: {without_provenance}", rows_table.name)));
-    }
-    // A dry run does not even bring the table in line with the pipeline.
-    let sink = if dry_run {
-        None
-    } else {
-        let specs = std::slice::from_ref(&rows_table);
-        Some(IcebergSink::open(&config.catalog, Uuid::new_v4(), &config.name, specs).await?)
+    // A dry run does not even bring the tables in line with the pipeline.
+    let sink = match dry_run {
+        true => None,
+        false => Some(IcebergSink::open(&config.catalog, Uuid::new_v4(), &config.name, &specs).await?),
     };
     let filter = of_topics(config, selection.predicate());
     let watermark_ms = watermark(config).await?;
     let letters = places_of_letters(&dead_letters, filter.clone()).await?;
-    let attempt = Attempt { pipeline, dead_letters, filter, letters, watermark_ms };
-    let mut tries = 0;
-    loop {
-        if let Some(report) = attempt.run(sink.as_ref(), &rows, &mut tries).await? {
-            return Ok(report);
-        }
+    let attempt = Attempt { pipeline, dead_letters, filter, letters, targets, watermark_ms };
+    let mut report: Option<Report> = None;
+    for target in 0..attempt.targets.len() {
+        let mut tries = 0;
+        let of_target = loop {
+            if let Some(report) = attempt.run(sink.as_ref(), target, &mut tries).await? {
+                break report;
+            }
+        };
+        report = Some(match report {
+            None => of_target,
+            Some(before) => before.and(of_target),
+        });
     }
+    Ok(report.unwrap_or_default())
+}
+
+/// A table of rows, and the message type that it is of.
+struct Target {
+    of: usize,
+    rows: PinnedTable,
 }
 
 async fn open(config: &Config, table: &str) -> Result<PinnedTable, Error> {
@@ -236,32 +278,39 @@ struct Attempt {
     dead_letters: PinnedTable,
     filter: Predicate,
     letters: Places,
+    targets: Vec<Target>,
     watermark_ms: Option<i64>,
 }
 
 impl Attempt {
+    async fn pin(&self, sink: Option<&IcebergSink>, target: usize) -> Result<PinnedTable, Error> {
+        match sink {
+            Some(sink) => Ok(sink.pin(target).await?),
+            None => Ok(self.targets[target].rows.clone()),
+        }
+    }
+
     /// None: someone else has brought some of the letters into the table meanwhile; look again.
-    async fn run(
-        &self,
-        sink: Option<&IcebergSink>,
-        rows: &PinnedTable,
-        tries: &mut u32,
-    ) -> Result<Option<Report>, Error> {
-        let mut base = match sink {
-            Some(sink) => sink.pin(0).await?,
-            None => rows.clone(),
-        };
-        let found = match around(&self.letters) {
-            Some(filter) => present(base.scan(&PLACE, Some(filter), PLACE_ROWS).await?, &self.letters).await?,
-            None => Places::new(),
-        };
+    async fn run(&self, sink: Option<&IcebergSink>, target: usize, tries: &mut u32) -> Result<Option<Report>, Error> {
+        let mut base = self.pin(sink, target).await?;
+        // A letter may have become a row of another type, when types were told apart in another way.
+        let mut found = Places::new();
+        if let Some(filter) = around(&self.letters) {
+            for other in 0..self.targets.len() {
+                let table = if other == target { base.clone() } else { self.pin(sink, other).await? };
+                let rows = table.scan(&PLACE, Some(filter.clone()), PLACE_ROWS).await?;
+                for (partition, offsets) in present(rows, &self.letters).await? {
+                    found.entry(partition).or_default().extend(offsets);
+                }
+            }
+        }
         let mut todo = self.letters.clone();
         for (partition, done) in &found {
             if let Some(offsets) = todo.get_mut(partition) {
                 offsets.retain(|offset| !done.contains(offset));
             }
         }
-        let mut work = Work::new(self, sink, todo);
+        let mut work = Work::new(self, sink, target, todo);
         work.report.letters = count(&self.letters);
         work.report.already = count(&found);
         if !work.todo.values().all(BTreeSet::is_empty) {
@@ -282,18 +331,18 @@ impl Attempt {
         ]);
         let filter = around(&written);
         loop {
-            match sink.append(0, &base, &files, &summary).await? {
+            match sink.append(target, &base, &files, &summary).await? {
                 Append::Done { snapshot } => {
                     if failpoint::hit("dlq.committed") {
                         return Err(QueryError::Internal("failpoint dlq.committed".into()).into());
                     }
-                    report.snapshot = Some(snapshot);
+                    report.snapshots.push(snapshot);
                     return Ok(Some(report));
                 }
                 Append::Conflict if *tries < ATTEMPTS => {
                     tokio::time::sleep(BACKOFF.delay((*tries).min(6), random())).await;
                     *tries += 1;
-                    let now = sink.pin(0).await?;
+                    let now = sink.pin(target).await?;
                     let since = now.scan_since(&base, &PLACE, filter.clone(), PLACE_ROWS).await?;
                     if !present(since, &written).await?.is_empty() {
                         sink.discard(&files).await;
@@ -314,9 +363,12 @@ impl Attempt {
     }
 }
 
-/// Letters on their way to rows.
+/// Letters on their way to rows of one message type.
 struct Work {
     pipeline: Arc<Pipeline>,
+    of: usize,
+    /// The first type also counts the letters that are of none.
+    first: bool,
     decoder: RecordDecoder,
     /// None in a dry run.
     writer: Option<TableWriter>,
@@ -328,15 +380,18 @@ struct Work {
 }
 
 impl Work {
-    fn new(attempt: &Attempt, sink: Option<&IcebergSink>, todo: Places) -> Work {
+    fn new(attempt: &Attempt, sink: Option<&IcebergSink>, target: usize, todo: Places) -> Work {
         let pipeline = attempt.pipeline.clone();
+        let of = attempt.targets[target].of;
         let registry = pipeline.registry.clone().map(|registry| BatchRegistry::new(registry, None));
         let late = |&table: &usize| Late { table: pipeline.tables[table].name.clone(), ..Late::default() };
         let report = Report { late: pipeline.windows.iter().map(late).collect(), ..Report::default() };
         Work {
-            decoder: RecordDecoder::new(pipeline.schema.clone(), registry.map(Arc::new)),
+            decoder: RecordDecoder::new(pipeline.types[of].schema.clone(), registry.map(Arc::new)),
             pipeline,
-            writer: sink.map(|sink| sink.writer_of(0, "retry-", Uuid::new_v4())),
+            of,
+            first: target == 0,
+            writer: sink.map(|sink| sink.writer_of(target, "retry-", Uuid::new_v4())),
             now_ms: (clock::system())(),
             watermark_ms: attempt.watermark_ms,
             todo,
@@ -371,9 +426,38 @@ impl Work {
         chunks.values_mut().try_for_each(|chunk| self.admit(chunk))
     }
 
+    /// The letters of this type, that is; those of others have their turn.
     fn admit(&mut self, chunk: &mut Chunk) -> Result<(), Error> {
+        let pipeline = self.pipeline.clone();
+        let (mut by_type, rejected) = match pipeline.router.split(chunk) {
+            Split::Whole(of) if of == self.of => return self.admit_own(chunk),
+            Split::Whole(of) => (vec![(of, chunk.records.len())], Vec::new()),
+            Split::Parts { records, rejected } => {
+                if let Some(own) = records.get(self.of) {
+                    let mut part = chunk.take_part(own);
+                    self.admit_own(&mut part)?;
+                    chunk.data = part.data;
+                }
+                (records.iter().map(Vec::len).enumerate().collect(), rejected)
+            }
+        };
+        if self.first {
+            by_type.retain(|(of, letters)| *letters > 0 && pipeline.types[*of].rows.is_none());
+            for (_, letters) in by_type {
+                *self.report.failed.entry(NO_TABLE.to_string()).or_default() += letters as u64;
+            }
+            for rejection in rejected {
+                *self.report.failed.entry(rejection.reason.code().to_string()).or_default() += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn admit_own(&mut self, chunk: &mut Chunk) -> Result<(), Error> {
+        let pipeline = self.pipeline.clone();
+        let of = &pipeline.types[self.of];
         let Admitted { batch, records, rejected, filtered, dropped, violation, .. } =
-            execute::admit(&self.pipeline, self.now_ms, chunk, &mut self.decoder)?;
+            execute::admit(of, self.now_ms, chunk, &mut self.decoder)?;
         if let Some(violation) = violation {
             return Err(QueryError::Expectation(violation).into());
         }
@@ -382,20 +466,22 @@ impl Work {
         for rejection in &rejected {
             *self.report.failed.entry(rejection.reason.code().to_string()).or_default() += 1;
         }
-        self.count_late(&batch)?;
+        self.count_late(of, &batch)?;
         for &record in &records {
             let offset = chunk.records[record as usize].offset;
             insert(&mut self.written, &chunk.topic, chunk.partition, offset);
         }
         if let Some(writer) = &mut self.writer {
-            writer.write(&execute::with_provenance(&self.pipeline.rows_schema, &batch, chunk, &records)?)?;
+            writer.write(&execute::with_provenance(&of.rows_schema, &batch, chunk, &records)?)?;
         }
         Ok(())
     }
 
-    fn count_late(&mut self, batch: &RecordBatch) -> Result<(), QueryError> {
-        for (query, late) in self.pipeline.queries.iter().zip(&mut self.report.late) {
-            for (start_us, rows) in query.rows_by_window(batch, self.pipeline.event_time)? {
+    fn count_late(&mut self, of: &MessageType, batch: &RecordBatch) -> Result<(), QueryError> {
+        let Some(event_time) = of.event_time else { return Ok(()) };
+        for &index in of.queries.iter() {
+            let (query, late) = (&self.pipeline.queries[index], &mut self.report.late[index]);
+            for (start_us, rows) in query.rows_by_window(batch, event_time)? {
                 let end_us = query.windowing().end(start_us);
                 if self.watermark_ms.is_some_and(|watermark| window::closed(end_us, watermark)) {
                     late.closed += rows.len() as u64;

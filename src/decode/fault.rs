@@ -96,6 +96,9 @@ impl Fault {
     /// with it as an object, and that before what the schema says, wherever in the document each of them stands.
     #[cold]
     pub fn most_basic(self: Box<Fault>, text: &[u8]) -> Box<Fault> {
+        if text.iter().all(|b| matches!(b, b' ' | b'\t' | b'\n' | b'\r')) {
+            return Fault::new(Reason::Empty, "$", "the value is empty");
+        }
         let mut scanner = Scanner::new(text);
         scanner.skip_whitespace();
         let begin = scanner.at;
@@ -173,7 +176,7 @@ pub fn step_to(name: &str) -> String {
     }
 }
 
-fn shorten(text: &str) -> Cow<'_, str> {
+pub fn shorten(text: &str) -> Cow<'_, str> {
     match text.char_indices().nth(SHOWN) {
         Some((cut, _)) => Cow::Owned(format!("{}…", &text[..cut])),
         None => Cow::Borrowed(text),

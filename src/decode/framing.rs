@@ -18,7 +18,7 @@ use crate::schema::Schema;
 use crate::source::{Chunk, Record};
 
 /// Magic byte and schema id.
-const LENGTH: u32 = 5;
+pub(super) const LENGTH: u32 = 5;
 
 /// Characters of a validator's message.
 const SHOWN: usize = 200;
@@ -173,7 +173,7 @@ fn reject(record: u32, reason: Reason, message: String) -> Rejection {
 }
 
 /// A whole topic of framed records is a missing setting, not a million malformed documents.
-fn hint(chunk: &Chunk, rejection: &mut Rejection) {
+pub(super) fn hint(chunk: &Chunk, rejection: &mut Rejection) {
     if let Some(id) = chunk.value(rejection.record as usize).and_then(schema_id) {
         let message = format!(
             "the payload begins as in a schema registry's framing (schema id {id}), and no registry is configured; set \

@@ -17,6 +17,7 @@ mod object;
 #[cfg(test)]
 mod reference;
 pub mod registry;
+pub mod route;
 mod scan;
 #[cfg(test)]
 mod tests;
@@ -111,22 +112,8 @@ impl Decoder {
     /// Appends one row to all columns, or fails and leaves some of them longer than `rows`.
     #[inline]
     fn record(&mut self, schema: &Schema, payload: Option<&[u8]>, columns: &mut [Column], rows: usize) -> Scan<()> {
-        let Some(payload) = payload else {
-            return Err(Fault::new(Reason::NullValue, "$", "the record has no value (a tombstone)"));
-        };
-        // Most payloads are ASCII, which is checked several times faster.
-        if !payload.is_ascii()
-            && let Err(e) = std::str::from_utf8(payload)
-        {
-            let message = format!("byte {} is not valid UTF-8", e.valid_up_to());
-            return Err(Fault::new(Reason::InvalidUtf8, "$", message));
-        }
-        self.document(schema, payload, columns, rows).map_err(|fault| {
-            if payload.iter().all(|b| matches!(b, b' ' | b'\t' | b'\n' | b'\r')) {
-                return Fault::new(Reason::Empty, "$", "the value is empty");
-            }
-            fault.most_basic(payload)
-        })?;
+        let payload = readable(payload)?;
+        self.document(schema, payload, columns, rows).map_err(|fault| fault.most_basic(payload))?;
         if let Some(validator) = &schema.validator {
             let document = whole::read(payload)?;
             if let Err((pointer, message)) = validator.check(&document) {
@@ -151,6 +138,22 @@ impl Decoder {
         scanner.end()?;
         reader.complete(&schema.object, columns, rows)
     }
+}
+
+/// The payload as text.
+#[inline]
+fn readable(payload: Option<&[u8]>) -> Scan<&[u8]> {
+    let Some(payload) = payload else {
+        return Err(Fault::new(Reason::NullValue, "$", "the record has no value (a tombstone)"));
+    };
+    // Most payloads are ASCII, which is checked several times faster.
+    if !payload.is_ascii()
+        && let Err(e) = std::str::from_utf8(payload)
+    {
+        let message = format!("byte {} is not valid UTF-8", e.valid_up_to());
+        return Err(Fault::new(Reason::InvalidUtf8, "$", message));
+    }
+    Ok(payload)
 }
 
 /// `members` are `"a":1,"b":2,`, or nothing.

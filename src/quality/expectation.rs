@@ -14,6 +14,7 @@ use crate::config::{ExpectationConfig, OnFail};
 use crate::transform::sql;
 
 /// `[[quality.expect]]`, compiled against the columns that reach the rows table.
+#[derive(Default)]
 pub struct Expectations(Vec<Expectation>);
 
 pub struct Expectation {
@@ -58,21 +59,30 @@ impl fmt::Display for Violation {
 }
 
 impl Expectations {
-    pub fn compile(configs: &[ExpectationConfig], columns: &SchemaRef) -> Result<Expectations, Vec<String>> {
+    /// The expectations of one message type.
+    pub fn compile<'a>(
+        configs: impl IntoIterator<Item = &'a ExpectationConfig>,
+        columns: &SchemaRef,
+    ) -> Result<Expectations, Vec<String>> {
         let mut errors = Vec::new();
         let mut compiled = Vec::new();
-        for (index, config) in configs.iter().enumerate() {
-            match compile(&config.sql, columns) {
-                Ok(expr) => compiled.push(Expectation {
-                    name: config.name.clone(),
-                    sql: config.sql.clone(),
-                    on_fail: config.on_fail,
-                    expr,
-                }),
-                Err(e) => errors.push(format!("quality.expect.{index}.sql = {:?}: {e}", config.sql)),
+        for config in configs {
+            match Self::compile_one(config, columns) {
+                Ok(expectation) => compiled.push(expectation),
+                Err(e) => errors.push(format!("expectation {}: {e}", config.name)),
             }
         }
         if errors.is_empty() { Ok(Expectations(compiled)) } else { Err(errors) }
+    }
+
+    /// The message says what is wrong with its SQL.
+    pub fn compile_one(config: &ExpectationConfig, columns: &SchemaRef) -> Result<Expectation, String> {
+        let expr = compile(&config.sql, columns).map_err(|e| format!("{:?}: {e}", config.sql))?;
+        Ok(Expectation { name: config.name.clone(), sql: config.sql.clone(), on_fail: config.on_fail, expr })
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Expectation> {
@@ -156,6 +166,7 @@ mod tests {
         let configs: Vec<ExpectationConfig> = expectations
             .iter()
             .map(|(name, sql, on_fail)| ExpectationConfig {
+                of: 0,
                 name: name.to_string(),
                 sql: sql.to_string(),
                 on_fail: *on_fail,
@@ -223,10 +234,7 @@ mod tests {
     #[test]
     fn mistakes_are_named_all_at_once() {
         let errors = compiled(&[("a", "level", OnFail::Drop), ("b", "levl > 0", OnFail::Drop)]).err().unwrap();
-        assert!(
-            errors[0].starts_with("quality.expect.0.sql = \"level\": an expectation is true or false"),
-            "{errors:?}"
-        );
+        assert!(errors[0].starts_with("expectation a: \"level\": an expectation is true or false"), "{errors:?}");
         assert!(errors[1].contains("columns: level, status"), "{errors:?}");
     }
 }

@@ -10,6 +10,7 @@ mod compaction;
 mod hold;
 mod progress;
 mod recover;
+mod upkeep;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,6 +43,7 @@ use crate::window::watermark::{self, EventTimeProgress, HeldBy, PartitionRead};
 
 use self::progress::lag;
 use self::recover::{check_topics, marker_of};
+use self::upkeep::Upkeep;
 
 /// Logs older than this many batches are removed.
 const RETAINED_BATCHES: u64 = 100;
@@ -62,8 +64,7 @@ pub async fn run_observed(
     tracing::info!(pipeline = config.name, guarantee, workers = pipeline.workers, "starting");
     let telemetry = Telemetry::new(&config.name, guarantee);
     let names = |indices: &[usize]| indices.iter().map(|&i| pipeline.tables[i].name.clone()).collect::<Vec<_>>();
-    let expectations = pipeline.expectations.iter().flat_map(|e| e.iter());
-    telemetry.expectations(&expectations.map(|e| (e.name.clone(), e.on_fail.name())).collect::<Vec<_>>());
+    telemetry.expectations(&pipeline.expectations().map(|e| (e.name.clone(), e.on_fail.name())).collect::<Vec<_>>());
     telemetry.tables(&names(&(0..pipeline.tables.len()).collect::<Vec<_>>()), &names(&pipeline.windows));
     if let Some(listen) = config.http.listen {
         crate::telemetry::serve(listen, telemetry.clone(), shutdown.clone())
@@ -71,6 +72,7 @@ pub async fn run_observed(
             .map_err(|e| Error::Http { listen, message: e.to_string() })?;
     }
     let breaker = config.quality.breaker.clone().map(Breaker::new);
+    let upkeep = Upkeep::new(config.maintenance.clone(), telemetry.clone());
     let mut query = StreamingQuery {
         config: Arc::new(config),
         pipeline: Arc::new(pipeline),
@@ -82,9 +84,12 @@ pub async fn run_observed(
         last_trigger: None,
         ends_at_start: None,
         breaker,
+        upkeep,
         on_batch: Box::new(on_batch),
     };
-    query.run().await
+    let ended = query.run().await;
+    query.upkeep.stop().await;
+    ended
 }
 
 struct StreamingQuery {
@@ -100,6 +105,7 @@ struct StreamingQuery {
     /// `available_now`: where the partitions ended when this process first looked.
     ends_at_start: Option<Offsets>,
     breaker: Option<Breaker>,
+    upkeep: Upkeep,
     on_batch: Box<dyn Fn(&BatchProgress) + Send + Sync>,
 }
 
@@ -180,10 +186,12 @@ impl StreamingQuery {
                 }
                 Planned::Done => {
                     tracing::info!("everything that was there at the start is committed");
+                    self.upkeep.finish(&session.sink, self.shutdown.clone()).await;
                     return Ok(());
                 }
                 Planned::Nothing => {}
             }
+            self.upkeep.begin_if_due(&session.sink);
             if let Trigger::ProcessingTime(interval) = self.config.trigger
                 && self.sleep(interval.saturating_sub(triggered.elapsed())).await
             {
@@ -498,6 +506,7 @@ impl Session {
         report_expectations(query, plan.batch, &counts);
         query.let_through(plan.batch, passed);
         query.telemetry.batch(progress.clone());
+        query.upkeep.batch_done();
         (query.on_batch)(&progress);
 
         if counts.records > 0 {
@@ -598,7 +607,7 @@ impl Session {
 
 /// Once a batch, and only for one that is committed.
 fn report_expectations(query: &StreamingQuery, batch: BatchId, counts: &Counts) {
-    for expectation in query.pipeline.expectations.iter().flat_map(|e| e.iter()) {
+    for expectation in query.pipeline.expectations() {
         let failures = counts.expectations.get(&expectation.name).copied().unwrap_or(0);
         query.telemetry.expectation_failures(&expectation.name, expectation.on_fail.name(), failures);
         if failures > 0 && expectation.on_fail == OnFail::Warn {

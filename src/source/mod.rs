@@ -108,6 +108,23 @@ impl Chunk {
         self.records.push(Record { offset, timestamp_ms, begin, key_len, value_len });
     }
 
+    /// A chunk of some of the records, which takes the data with it; it is to be given back.
+    pub fn take_part(&mut self, records: &[u32]) -> Chunk {
+        let headers = (0..).zip(records).filter_map(|(index, record)| {
+            let at = self.headers.binary_search_by_key(record, |(of, _)| *of).ok()?;
+            Some((index, self.headers[at].1.clone()))
+        });
+        Chunk {
+            lane: self.lane,
+            sequence: self.sequence,
+            topic: self.topic.clone(),
+            partition: self.partition,
+            headers: headers.collect(),
+            records: records.iter().map(|&record| self.records[record as usize]).collect(),
+            data: std::mem::take(&mut self.data),
+        }
+    }
+
     pub fn key(&self, index: usize) -> Option<&[u8]> {
         let r = &self.records[index];
         (r.key_len != Record::NONE).then(|| &self.data[r.begin as usize..][..r.key_len as usize])

@@ -18,6 +18,8 @@ use crate::window::{Covering, Windowing, closed};
 /// Chunks of one partition go in, in the order of their offsets. Its own group tables, so lanes need no locks.
 pub struct Lane {
     queries: Arc<[WindowQuery]>,
+    /// Those of the queries that these rows are for.
+    active: Arc<[usize]>,
     /// Index of the event time column.
     event_time: usize,
     late_ms: i64,
@@ -32,9 +34,11 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// `event_time` is the index of the event time column; `late_ms` the watermark that rows are judged by.
-    pub fn new(queries: Arc<[WindowQuery]>, event_time: usize, late_ms: i64) -> Self {
+    /// `active` are the queries that the rows are for; `event_time` is the index of the event time column; `late_ms` the
+    /// watermark that rows are judged by.
+    pub fn new(queries: Arc<[WindowQuery]>, active: Arc<[usize]>, event_time: usize, late_ms: i64) -> Self {
         Lane {
+            active,
             event_time,
             late_ms,
             windows: queries.iter().map(|_| BTreeMap::new()).collect(),
@@ -57,7 +61,9 @@ impl Lane {
         if nulls == times.len() {
             return Ok(());
         }
-        for (index, query) in self.queries.clone().iter().enumerate() {
+        let queries = self.queries.clone();
+        for &index in self.active.clone().iter() {
+            let Some(query) = queries.get(index) else { continue };
             let (keep, failed) = query.filter(batch).map_err(|e| query.error(&e))?;
             if let Some(count) = self.failed_values.get_mut(index) {
                 *count += failed;

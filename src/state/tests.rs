@@ -19,6 +19,7 @@ pub(super) const NEVER: i64 = i64::MIN / 1000;
 
 pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)]) -> WindowConfig {
     WindowConfig {
+        of: 0,
         table: TableConfig {
             table: "telemetry.minutes".to_string(),
             partition_by: Vec::new(),
@@ -75,7 +76,7 @@ pub(super) const ALL: [(&str, &str); 9] = [
 ];
 
 pub(super) fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
-    let mut lane = Lane::new(queries.clone(), 0, late_ms);
+    let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, late_ms);
     for batch in batches {
         lane.update(batch).unwrap();
     }
@@ -407,7 +408,7 @@ fn merging_deltas_equals_the_unbroken_state() {
 fn a_window_grows_from_few_groups_to_many() {
     let queries = queries(&[config(MINUTE as u64, &["device", "n"], &[("c", "count(*)"), ("s", "sum(x)")])]);
     let ids: Vec<String> = (0..40).map(|i| format!("d{i}")).collect();
-    let mut lane = Lane::new(queries.clone(), 0, NEVER);
+    let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, NEVER);
     for round in 0..3 {
         for (i, id) in ids.iter().enumerate() {
             let device = (i != 3).then_some(id.as_str());
@@ -580,7 +581,8 @@ fn timing() {
     let (mut update, mut merge, mut groups, mut bytes) = (Duration::ZERO, Duration::ZERO, 0, 0);
     for part in chunks.chunks(50) {
         let begin = Instant::now();
-        let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), 0, 0)).collect();
+        let mut lanes: Vec<Lane> =
+            (0..LANES).map(|_| Lane::new(queries.clone(), (0..queries.len()).collect(), 0, 0)).collect();
         for (i, chunk) in part.iter().enumerate() {
             lanes[i % LANES].update(chunk).unwrap();
         }

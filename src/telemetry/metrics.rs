@@ -3,6 +3,7 @@
 //! One process runs one pipeline, so metrics carry no pipeline label; `floe_query_info` names it.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -10,6 +11,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use super::progress::BatchProgress;
 use crate::dead_letter::Reason;
 use crate::error::Kind;
+use crate::sink::iceberg::TableReport;
 
 enum Type {
     Counter,
@@ -55,8 +57,15 @@ pub const LAST_COMMIT: &str = "floe_last_commit_timestamp_seconds";
 pub const LAST_COMMIT_AGE: &str = "floe_last_commit_age_seconds";
 pub const RETRIES: &str = "floe_retries_total";
 pub const ERRORS: &str = "floe_errors_total";
+pub const MAINTENANCE_DURATION: &str = "floe_maintenance_duration_seconds";
+pub const MAINTENANCE_FAILURES: &str = "floe_maintenance_failures_total";
+pub const SNAPSHOTS_EXPIRED: &str = "floe_maintenance_snapshots_expired_total";
+pub const FILES_EXPIRED: &str = "floe_maintenance_files_expired_total";
+pub const FILES_COMPACTED: &str = "floe_maintenance_files_compacted_total";
+pub const BYTES_COMPACTED: &str = "floe_maintenance_bytes_compacted_total";
+pub const ORPHANS_REMOVED: &str = "floe_maintenance_orphans_removed_total";
 
-const METRICS: [(&str, Type, Unit, &str); 37] = [
+const METRICS: [(&str, Type, Unit, &str); 44] = [
     (BUILD_INFO, Gauge, Unit::Count, "Always 1; the label is the version."),
     (QUERY_INFO, Gauge, Unit::Count, "Always 1; the labels name the pipeline, its query id and its guarantee."),
     (READY, Gauge, Unit::Count, "1 when /readyz answers 200, else 0."),
@@ -109,6 +118,18 @@ const METRICS: [(&str, Type, Unit, &str); 37] = [
     (LAST_COMMIT_AGE, Gauge, Unit::Seconds, "How long ago the last batch was committed."),
     (RETRIES, Counter, Unit::Count, "Attempts that failed and were tried again."),
     (ERRORS, Counter, Unit::Count, "Errors by kind: transient, indeterminate, fatal."),
+    (MAINTENANCE_DURATION, Histogram, Unit::Seconds, "Time that a round of maintenance took, over all tables."),
+    (
+        MAINTENANCE_FAILURES,
+        Counter,
+        Unit::Count,
+        "Steps of maintenance that failed, by table; the next round tries again.",
+    ),
+    (SNAPSHOTS_EXPIRED, Counter, Unit::Count, "Snapshots that maintenance has expired, by table."),
+    (FILES_EXPIRED, Counter, Unit::Count, "Files deleted with expired snapshots, by table."),
+    (FILES_COMPACTED, Counter, Unit::Count, "Small data files that were made into larger ones, by table."),
+    (BYTES_COMPACTED, Counter, Unit::Bytes, "Size of the small data files that were compacted, by table."),
+    (ORPHANS_REMOVED, Counter, Unit::Count, "Files deleted because nothing referenced them, by table."),
 ];
 
 /// From a commit on a local disk to the longest deadline of a stage.
@@ -176,6 +197,7 @@ pub(super) fn register_tables(tables: &[String], windows: &[String]) {
     for table in tables {
         counter!(ROWS, "table" => table.clone()).increment(0);
         counter!(FILES, "table" => table.clone()).increment(0);
+        record_maintenance_of(&TableReport { table: table.clone(), ..TableReport::default() });
     }
     for table in windows {
         counter!(LATE_ROWS, "table" => table.clone()).increment(0);
@@ -244,6 +266,24 @@ fn record_partitions(p: &BatchProgress) {
         if let Some(own) = partition.max_event_time_ms {
             gauge!(WATERMARK_BEHIND, &labels).set((furthest - own) as f64 / 1000.0);
         }
+    }
+}
+
+pub(super) fn record_maintenance(took: Duration, reports: &[TableReport]) {
+    histogram!(MAINTENANCE_DURATION).record(took.as_secs_f64());
+    reports.iter().for_each(record_maintenance_of);
+}
+
+fn record_maintenance_of(report: &TableReport) {
+    for (total, n) in [
+        (MAINTENANCE_FAILURES, report.errors.len() as u64),
+        (SNAPSHOTS_EXPIRED, report.snapshots_expired),
+        (FILES_EXPIRED, report.files_expired),
+        (FILES_COMPACTED, report.files_compacted),
+        (BYTES_COMPACTED, report.bytes_compacted),
+        (ORPHANS_REMOVED, report.orphans_removed),
+    ] {
+        counter!(total, "table" => report.table.clone()).increment(n);
     }
 }
 

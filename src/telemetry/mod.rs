@@ -26,6 +26,7 @@ pub use self::progress::{
 use crate::batch::TopicPartition;
 use crate::clock::{self, ClockMs};
 use crate::error::Kind;
+use crate::sink::iceberg::TableReport;
 
 /// How many batches `/status` remembers.
 const KEPT_BATCHES: usize = 20;
@@ -61,6 +62,17 @@ struct Health {
     /// How many batches this process has committed; `batches` holds the last of them.
     committed: u64,
     batches: VecDeque<BatchProgress>,
+    maintenance: Option<Maintenance>,
+}
+
+/// The last round of maintenance.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Maintenance {
+    /// RFC 3339: when it ended.
+    at: String,
+    duration_ms: u64,
+    tables: Vec<TableReport>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -104,6 +116,7 @@ struct Status<'a> {
     lag: u64,
     last_commit: Option<String>,
     last_error: Option<&'a LastError>,
+    maintenance: Option<&'a Maintenance>,
     /// Oldest first.
     batches: &'a VecDeque<BatchProgress>,
 }
@@ -129,6 +142,7 @@ impl Telemetry {
             lag: BTreeMap::new(),
             committed: 0,
             batches: VecDeque::with_capacity(KEPT_BATCHES),
+            maintenance: None,
         };
         let (name, guarantee) = (name.into(), guarantee.into());
         Telemetry(Arc::new(Shared { name, guarantee, clock, prometheus, health: Mutex::new(health) }))
@@ -193,6 +207,14 @@ impl Telemetry {
         drop(health);
         // Histograms keep every sample until they are drained; without this an unscraped process would grow.
         self.0.prometheus.run_upkeep();
+    }
+
+    /// A round of maintenance has ended.
+    pub fn maintenance(&self, took: Duration, tables: Vec<TableReport>) {
+        metrics::record_maintenance(took, &tables);
+        let at = rfc3339((self.0.clock)());
+        let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        self.health().maintenance = Some(Maintenance { at, duration_ms, tables });
     }
 
     /// How many batches this process has committed.
@@ -295,6 +317,7 @@ impl Telemetry {
             lag: health.lag.values().sum(),
             last_commit: health.last_commit_ms.map(rfc3339),
             last_error: health.last_error.as_ref(),
+            maintenance: health.maintenance.as_ref(),
             batches: &health.batches,
         };
         serde_json::to_string_pretty(&status).unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}"))

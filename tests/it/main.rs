@@ -30,6 +30,8 @@ mod exactly_once;
 mod harness;
 /// Whatever is in a record, it becomes a row or a dead letter with its reason.
 mod invalid_data;
+/// Snapshots expire, small files are compacted, orphans go; whatever is killed meanwhile, and whoever else writes.
+mod maintenance;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.
@@ -56,6 +58,8 @@ mod source;
 mod state;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.
 mod triggers;
+/// Several message types in one pipeline: topic and members pick schema and table.
+mod types;
 /// Tables stay small and fast, whatever the number of commits.
 mod upkeep;
 /// The watermark by partitions: who holds it back, who is idle, and what is late.

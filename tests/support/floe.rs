@@ -221,6 +221,14 @@ impl Pipeline {
         Floe::start(command, self.dir(), 1_000, String::new()).wait()
     }
 
+    /// `floe maintain` to its end.
+    pub fn maintain(&self, arguments: &[&str]) -> Ended {
+        let file = self.config_file();
+        let mut command = self.command();
+        command.arg("maintain").arg(file).args(arguments);
+        Floe::start(command, self.dir(), 2_000, String::new()).wait()
+    }
+
     fn next_run(&self) -> u32 {
         self.runs.set(self.runs.get() + 1);
         self.runs.get()

@@ -13,6 +13,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.exceptions import CommitFailedException, ValidationException
 from pyiceberg.types import StringType
 
 CATALOG = "floe"
@@ -102,6 +103,50 @@ def add_column(request):
     opened.engine.dispose()
 
 
+def data_files(request):
+    """Partition and size of every data file of the current snapshot."""
+    opened = catalog(request)
+    files = opened.load_table(request["table"]).inspect.data_files().to_pylist()
+    opened.engine.dispose()
+    return [[str(sorted(f["partition"].items())), f["file_size_in_bytes"]] for f in files]
+
+
+def rows_at(request):
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    opened.engine.dispose()
+    return loaded.scan(snapshot_id=request["snapshot"]).to_arrow().num_rows
+
+
+def needed_files(request):
+    """Every file that some snapshot of the table, or its log, names."""
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    opened.engine.dispose()
+    found = {loaded.metadata_location} | {entry.metadata_file for entry in loaded.metadata.metadata_log}
+    for snapshot in loaded.snapshots():
+        found.add(snapshot.manifest_list)
+        for manifest in snapshot.manifests(loaded.io):
+            if manifest.manifest_path not in found:
+                found.add(manifest.manifest_path)
+                found.update(e.data_file.file_path for e in manifest.fetch_manifest_entry(loaded.io))
+    return sorted(path.removeprefix("file://") for path in found)
+
+
+def delete(request):
+    """Rows go, as another engine deletes them: by rewriting files. It tries until nobody is faster."""
+    opened = catalog(request)
+    for _ in range(200):
+        try:
+            opened.load_table(request["table"]).delete(request["filter"])
+            break
+        except (CommitFailedException, ValidationException):
+            continue
+    else:
+        raise RuntimeError("the other writer was always faster")
+    opened.engine.dispose()
+
+
 def answer(connection, request):
     match request["op"]:
         case "query":
@@ -114,6 +159,14 @@ def answer(connection, request):
             return catalog(request).drop_table(request["table"])
         case "write":
             return write(request)
+        case "data_files":
+            return data_files(request)
+        case "rows_at":
+            return rows_at(request)
+        case "needed_files":
+            return needed_files(request)
+        case "delete":
+            return delete(request)
         case "add_column":
             return add_column(request)
         case other:

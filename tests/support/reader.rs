@@ -179,6 +179,35 @@ impl Tables {
         try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
     }
 
+    fn of_table<T: DeserializeOwned>(&self, op: &str, table: &str, more: Value) -> T {
+        let mut request = json!({"op": op, "catalog": self.catalog, "table": table});
+        if let (Value::Object(request), Value::Object(more)) = (&mut request, more) {
+            request.extend(more);
+        }
+        let answer = try_ask(&request).unwrap_or_else(|e| panic!("{e}"));
+        serde_json::from_value(answer).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Partition and size of every data file.
+    pub fn data_files(&self, table: &str) -> Vec<(String, i64)> {
+        self.of_table("data_files", table, json!({}))
+    }
+
+    /// Time travel, by PyIceberg.
+    pub fn rows_at(&self, table: &str, snapshot: i64) -> u64 {
+        self.of_table("rows_at", table, json!({"snapshot": snapshot}))
+    }
+
+    /// Every file that PyIceberg finds by way of the table's metadata.
+    pub fn needed_files(&self, table: &str) -> Vec<String> {
+        self.of_table("needed_files", table, json!({}))
+    }
+
+    /// Another engine deletes rows.
+    pub fn delete(&self, table: &str, filter: &str) {
+        self.of_table("delete", table, json!({"filter": filter}))
+    }
+
     /// Another engine adds a column of strings.
     pub fn add_column(&self, table: &str, column: &str, required: bool) {
         let request = json!({

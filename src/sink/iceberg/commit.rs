@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
+use iceberg::io::FileIO;
 use iceberg::spec::{
     DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestListWriter, ManifestWriterBuilder, Operation,
     Snapshot, SnapshotRef, SnapshotSummaryCollector, Summary, TableMetadata,
@@ -164,12 +165,7 @@ impl Inner {
 
     /// The snapshot that a batch of this query has added.
     fn snapshot_of<'a>(&self, metadata: &'a TableMetadata, batch: BatchId) -> Option<&'a SnapshotRef> {
-        let is_it = |snapshot: &&SnapshotRef| {
-            let json = snapshot.summary().additional_properties.get(&self.marker_property);
-            json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
-        };
-        // Nearly always it is the newest one.
-        metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
+        snapshot_of(metadata, &self.marker_property, batch)
     }
 
     /// Writes manifest and manifest list, if there are files, and makes the table's next metadata.
@@ -239,7 +235,10 @@ impl Inner {
         // Every manifest of the parent is taken over, small ones merged when there are many.
         let mut counts = HashMap::from([("manifests-created", 1), ("manifests-kept", 0), ("manifests-replaced", 0)]);
         if let Some(parent) = parent {
-            let parents = self.manifests(metadata, parent).await?.consume_entries().into_iter().collect();
+            // Those with nothing but deleted entries have said what they had to.
+            let is_alive = |m: &ManifestFile| m.has_added_files() || m.has_existing_files();
+            let parents =
+                self.manifests(metadata, parent).await?.consume_entries().into_iter().filter(is_alive).collect();
             let path = |n: usize| format!("{folder}/{attempt}-m{n}.avro");
             let merge = Merge { file_io: &self.file_io, metadata, spec_id, schema, snapshot_id };
             let merged = merge.run(parents, path, written).await;
@@ -250,38 +249,19 @@ impl Inner {
             list_of.extend(merged.manifests);
         }
 
-        let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
-        written.push(list_path.clone());
-        let sequence_number = metadata.next_sequence_number();
-        let writer = self.file_io.new_output(&list_path)?.writer().await?;
-        let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
-        list.add_manifests(list_of.into_iter())?;
-        list.close().await?;
-
         let mut collector = SnapshotSummaryCollector::default();
         for file in files {
             collector.add_file(file, schema.clone(), spec.clone());
         }
         let mut properties = properties;
         properties.extend(counts.into_iter().map(|(key, count)| (key.to_string(), count.to_string())));
-        let additional_properties =
-            summary(properties, collector.build(), parent.map(|p| &p.summary().additional_properties));
-        // Snapshots of one table are ordered in time, also when clocks are not.
-        let timestamp_ms = chrono::Utc::now().timestamp_millis().max(metadata.last_updated_ms());
-        Ok(Snapshot::builder()
-            .with_snapshot_id(snapshot_id)
-            .with_parent_snapshot_id(parent.map(|p| p.snapshot_id()))
-            .with_sequence_number(sequence_number)
-            .with_timestamp_ms(timestamp_ms)
-            .with_manifest_list(list_path)
-            .with_summary(Summary { operation: Operation::Append, additional_properties })
-            .with_schema_id(schema_id)
-            .build())
+        properties.extend(collector.build());
+        let next = NextSnapshot { snapshot_id, attempt, operation: Operation::Append, schema_id, properties };
+        next.write(&self.file_io, metadata, list_of, written).await
     }
 
     async fn manifests(&self, metadata: &TableMetadata, snapshot: &Snapshot) -> iceberg::Result<ManifestList> {
-        let bytes = self.file_io.new_input(snapshot.manifest_list())?.read().await?;
-        ManifestList::parse_with_version(&bytes, metadata.format_version())
+        manifest_list(&self.file_io, metadata, snapshot).await
     }
 
     pub(super) async fn remove_failed_attempts(&self, batch: BatchId) -> Result<u64, Error> {
@@ -331,13 +311,89 @@ impl Inner {
 
     /// Best effort: files of an attempt that certainly was not committed.
     pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
-        futures::stream::iter(written)
-            .for_each_concurrent(4, |location| async move {
-                if let Err(error) = self.file_io.delete(&location).await {
-                    tracing::debug!(location, %error, "could not delete an unused manifest");
+        delete_all(&self.file_io, written.collect()).await;
+    }
+}
+
+/// The snapshot that a batch has added, of the query whose marker is the property.
+pub(super) fn snapshot_of<'a>(metadata: &'a TableMetadata, property: &str, batch: BatchId) -> Option<&'a SnapshotRef> {
+    let is_it = |snapshot: &&SnapshotRef| {
+        let json = snapshot.summary().additional_properties.get(property);
+        json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
+    };
+    // Nearly always it is the newest one.
+    metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
+}
+
+pub(super) async fn manifest_list(
+    file_io: &FileIO,
+    metadata: &TableMetadata,
+    snapshot: &Snapshot,
+) -> iceberg::Result<ManifestList> {
+    let bytes = file_io.new_input(snapshot.manifest_list())?.read().await?;
+    ManifestList::parse_with_version(&bytes, metadata.format_version())
+}
+
+/// Best effort: files that certainly nothing references. Returns how many are gone.
+pub(super) async fn delete_all(file_io: &FileIO, locations: Vec<String>) -> u64 {
+    let delete = |location: String| {
+        let file_io = file_io.clone();
+        async move {
+            match file_io.delete(&location).await {
+                Ok(()) => 1,
+                Err(error) => {
+                    tracing::debug!(location, %error, "could not delete a file that is not needed");
+                    0
                 }
-            })
-            .await;
+            }
+        }
+    };
+    let deleting: Vec<_> = locations.into_iter().map(delete).collect();
+    let gone: Vec<u64> = futures::stream::iter(deleting).buffer_unordered(8).collect().await;
+    gone.into_iter().sum()
+}
+
+/// A snapshot about to be made on top of the current one.
+pub(super) struct NextSnapshot {
+    pub snapshot_id: i64,
+    pub attempt: Uuid,
+    pub operation: Operation,
+    pub schema_id: i32,
+    /// What was added and removed, and whatever else the summary says.
+    pub properties: HashMap<String, String>,
+}
+
+impl NextSnapshot {
+    /// Writes the manifest list.
+    pub async fn write(
+        self,
+        file_io: &FileIO,
+        metadata: &TableMetadata,
+        manifests: Vec<ManifestFile>,
+        written: &mut Vec<String>,
+    ) -> iceberg::Result<Snapshot> {
+        let NextSnapshot { snapshot_id, attempt, operation, schema_id, properties } = self;
+        let parent = metadata.current_snapshot();
+        let folder = format!("{}/metadata", metadata.location().trim_end_matches('/'));
+        let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
+        written.push(list_path.clone());
+        let sequence_number = metadata.next_sequence_number();
+        let writer = file_io.new_output(&list_path)?.writer().await?;
+        let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
+        list.add_manifests(manifests.into_iter())?;
+        list.close().await?;
+        let additional_properties = summary(properties, parent.map(|p| &p.summary().additional_properties));
+        // Snapshots of one table are ordered in time, also when clocks are not.
+        let timestamp_ms = chrono::Utc::now().timestamp_millis().max(metadata.last_updated_ms());
+        Ok(Snapshot::builder()
+            .with_snapshot_id(snapshot_id)
+            .with_parent_snapshot_id(parent.map(|p| p.snapshot_id()))
+            .with_sequence_number(sequence_number)
+            .with_timestamp_ms(timestamp_ms)
+            .with_manifest_list(list_path)
+            .with_summary(Summary { operation, additional_properties })
+            .with_schema_id(schema_id)
+            .build())
     }
 }
 
@@ -347,37 +403,33 @@ struct Staged {
     written: Vec<String>,
 }
 
-/// The snapshot summary: `properties`, what was added, and the running totals that readers and planners go by. A total
-/// that the parent does not know stays unknown.
-fn summary(
-    properties: HashMap<String, String>,
-    added: HashMap<String, String>,
-    parent: Option<&HashMap<String, String>>,
-) -> HashMap<String, String> {
-    const TOTALS: [(&str, &str); 6] = [
-        ("total-data-files", "added-data-files"),
-        ("total-records", "added-records"),
-        ("total-files-size", "added-files-size"),
-        ("total-delete-files", "added-delete-files"),
-        ("total-position-deletes", "added-position-deletes"),
-        ("total-equality-deletes", "added-equality-deletes"),
+/// The snapshot summary: `properties`, with what was added and removed among them, and the running totals that readers and
+/// planners go by. A total that the parent does not know stays unknown.
+fn summary(properties: HashMap<String, String>, parent: Option<&HashMap<String, String>>) -> HashMap<String, String> {
+    const TOTALS: [(&str, &str, &str); 6] = [
+        ("total-data-files", "added-data-files", "deleted-data-files"),
+        ("total-records", "added-records", "deleted-records"),
+        ("total-files-size", "added-files-size", "removed-files-size"),
+        ("total-delete-files", "added-delete-files", "removed-delete-files"),
+        ("total-position-deletes", "added-position-deletes", "removed-position-deletes"),
+        ("total-equality-deletes", "added-equality-deletes", "removed-equality-deletes"),
     ];
     let mut summary = properties;
-    summary.extend(added);
-    for (total, added) in TOTALS {
+    for (total, added, removed) in TOTALS {
         let before = match parent {
             None => Some(0),
             Some(parent) => parent.get(total).and_then(|n| n.parse::<u64>().ok()),
         };
         if let Some(before) = before {
-            let added = summary.get(added).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-            summary.insert(total.to_string(), (before + added).to_string());
+            let number = |key| summary.get(key).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+            let after = (before + number(added)).saturating_sub(number(removed));
+            summary.insert(total.to_string(), after.to_string());
         }
     }
     summary
 }
 
-fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
+pub(super) fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
     loop {
         let (high, low) = Uuid::new_v4().as_u64_pair();
         let id = i64::try_from((high ^ low) >> 1).unwrap_or(i64::MAX);
@@ -397,11 +449,15 @@ mod tests {
             pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
         };
         let added = map(&[("added-records", "5"), ("added-data-files", "1")]);
-        let first = summary(map(&[("floe.offsets", "{}")]), added.clone(), None);
+        let mut of_a_batch = added.clone();
+        of_a_batch.insert("floe.offsets".into(), "{}".into());
+        let first = summary(of_a_batch, None);
         assert_eq!((first["total-records"].as_str(), first["total-delete-files"].as_str()), ("5", "0"));
         let parent = map(&[("total-records", "7")]);
-        let next = summary(HashMap::new(), added, Some(&parent));
+        let next = summary(added, Some(&parent));
         assert_eq!(next["total-records"], "12");
+        let replaced = map(&[("added-records", "5"), ("deleted-records", "6")]);
+        assert_eq!(summary(replaced, Some(&parent))["total-records"], "6");
         assert!(!next.contains_key("total-data-files"));
     }
 }

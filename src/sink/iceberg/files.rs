@@ -16,7 +16,9 @@ use arrow::row::{RowConverter, SortField};
 use futures::future::try_join_all;
 use iceberg::arrow::{arrow_struct_to_literal, type_to_arrow_type};
 use iceberg::io::FileIO;
-use iceberg::spec::{DataFile, DataFileBuilder, Literal, PartitionSpecRef, SchemaRef, Struct, StructType, Type};
+use iceberg::spec::{
+    DataFile, DataFileBuilder, Literal, PartitionSpecRef, SchemaRef, Struct, StructType, TableMetadata, Type,
+};
 use iceberg::transform::{BoxedTransformFunction, create_transform_function};
 use iceberg::writer::CurrentFileStatus;
 use iceberg::writer::file_writer::{FileWriter, FileWriterBuilder, ParquetWriter, ParquetWriterBuilder};
@@ -26,6 +28,7 @@ use parquet::schema::types::ColumnPath;
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
+use super::catalog::{TableName, iceberg_error};
 use super::layout;
 use super::order::SortOrder;
 use crate::batch::BatchId;
@@ -34,6 +37,7 @@ use crate::sink::Error;
 /// Files one worker has open at a time: rows that are spread over more partitions than this make more, smaller files
 /// instead of taking more memory.
 const MAX_OPEN_FILES: usize = 32;
+const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
 
 /// Rows that one worker holds back to sort them, where the table has a sort order: when they are more, they become files,
 /// each sorted for itself. Compaction makes larger sorted files of them.
@@ -55,6 +59,33 @@ pub struct FileLayout {
     pub target_file_bytes: usize,
 }
 
+impl FileLayout {
+    pub fn of(table: &TableName, metadata: &TableMetadata, file_io: &FileIO) -> Result<FileLayout, Error> {
+        let arrow_schema = layout::arrow_schema(table, metadata)?;
+        let properties = metadata.properties();
+        let data_location = match properties.get("write.data.path") {
+            Some(path) => path.trim_end_matches('/').to_string(),
+            None => format!("{}/data", metadata.location().trim_end_matches('/')),
+        };
+        let target_file_bytes = properties
+            .get("write.target-file-size-bytes")
+            .and_then(|bytes| bytes.parse().ok())
+            .unwrap_or(DEFAULT_TARGET_FILE_BYTES);
+        Ok(FileLayout {
+            table: table.to_string(),
+            file_io: file_io.clone(),
+            data_location,
+            schema: metadata.current_schema().clone(),
+            spec: metadata.default_partition_spec().clone(),
+            order: SortOrder::new(metadata.default_sort_order(), &arrow_schema)
+                .map_err(|e| iceberg_error("write to", table, e))?,
+            properties: writer_properties(&table.to_string(), properties, &arrow_schema),
+            arrow_schema,
+            target_file_bytes,
+        })
+    }
+}
+
 /// The beginning of every file name of a batch.
 pub fn name_prefix(query_id: Uuid, batch: BatchId) -> String {
     format!("{}-{batch:06}-", &query_id.simple().to_string()[..8])
@@ -70,6 +101,8 @@ pub struct TableWriter {
     /// Rows that wait to be sorted, by partition. Empty for a table without a sort order.
     unsorted: HashMap<Struct, Vec<RecordBatch>>,
     unsorted_bytes: usize,
+    /// The rows come in the table's sort order.
+    sorted: bool,
     started: usize,
     writes: u64,
     done: Vec<DataFile>,
@@ -90,10 +123,16 @@ impl TableWriter {
             open: HashMap::new(),
             unsorted: HashMap::new(),
             unsorted_bytes: 0,
+            sorted: false,
             started: 0,
             writes: 0,
             done: Vec::new(),
         }
+    }
+
+    /// For rows that come in the table's sort order.
+    pub(super) fn of_sorted_rows(self) -> Self {
+        TableWriter { sorted: true, ..self }
     }
 
     pub fn write(&mut self, rows: &RecordBatch) -> Result<(), Error> {
@@ -115,7 +154,7 @@ impl TableWriter {
     }
 
     fn put(&mut self, partition: Struct, rows: RecordBatch) -> Result<(), Error> {
-        if self.layout.order.is_none() {
+        if self.layout.order.is_none() || self.sorted {
             return self.append(partition, &rows);
         }
         self.unsorted_bytes +=

@@ -18,7 +18,7 @@ use iceberg::spec::{
 };
 
 use super::TableSpec;
-use super::catalog::iceberg_error;
+use super::catalog::{TableName, iceberg_error};
 use super::evolution::{self, Evolution};
 use crate::sink::Error;
 
@@ -156,9 +156,9 @@ pub fn evolution(spec: &TableSpec, metadata: &TableMetadata) -> Result<Evolution
 }
 
 /// The columns of a table as batches have to come.
-pub fn arrow_schema(spec: &TableSpec, metadata: &TableMetadata) -> Result<ArrowSchemaRef, Error> {
+pub fn arrow_schema(table: &TableName, metadata: &TableMetadata) -> Result<ArrowSchemaRef, Error> {
     let schema = schema_to_arrow_schema(metadata.current_schema());
-    Ok(Arc::new(schema.map_err(|e| iceberg_error("write to", &spec.name, e))?))
+    Ok(Arc::new(schema.map_err(|e| iceberg_error("write to", table, e))?))
 }
 
 /// Whether the table is partitioned as the spec says. It need not be: the table's own partitioning is what is used.

@@ -5,7 +5,7 @@
 //! choice and the merged file. Invariants: an entry keeps its snapshot and sequence numbers; manifests of deletes, of
 //! other partition specs and encrypted ones are left alone, and so is everything when a manifest cannot be read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use futures::future::try_join_all;
 use iceberg::io::FileIO;
@@ -78,6 +78,14 @@ pub struct Merged {
     pub entries: usize,
 }
 
+/// What [`Merge::rewrite`] has written.
+pub struct Rewritten {
+    pub manifests: Vec<ManifestFile>,
+    pub entries: usize,
+    /// How many of the entries are deleted ones.
+    pub deleted: usize,
+}
+
 /// The commit that manifests are merged for.
 pub struct Merge<'a> {
     pub file_io: &'a FileIO,
@@ -103,8 +111,8 @@ impl Merge<'_> {
             return untouched(manifests);
         }
         let before = written.len();
-        match self.rewrite(&members, path, written).await {
-            Ok((mut merged, entries)) => {
+        match self.rewrite(&members, &HashSet::new(), path, written).await {
+            Ok(Rewritten { manifests: mut merged, entries, .. }) => {
                 let (created, replaced) = (merged.len(), chosen.len());
                 let mut chosen = chosen.into_iter().peekable();
                 for (i, manifest) in manifests.into_iter().enumerate() {
@@ -127,12 +135,15 @@ impl Merge<'_> {
         }
     }
 
-    async fn rewrite(
+    /// One manifest of many. Entries of the files in `removed` are kept as deleted ones, which is what tells readers of
+    /// changes about them.
+    pub async fn rewrite(
         &self,
         members: &[&ManifestFile],
+        removed: &HashSet<String>,
         path: impl Fn(usize) -> String,
         written: &mut Vec<String>,
-    ) -> iceberg::Result<(Vec<ManifestFile>, usize)> {
+    ) -> iceberg::Result<Rewritten> {
         let loaded = try_join_all(members.iter().map(|manifest| manifest.load_manifest(self.file_io))).await?;
         // A partition column that was widened since has older values of another type: these stay among themselves.
         let mut groups: Vec<(StructType, Vec<&Manifest>)> = Vec::new();
@@ -145,7 +156,7 @@ impl Merge<'_> {
             }
         }
         let mut merged = Vec::with_capacity(groups.len());
-        let mut entries = 0;
+        let (mut entries, mut deleted) = (0, 0);
         for (kind, group) in groups {
             let Some(first) = group.first() else { continue };
             let spec = first.metadata().partition_spec().clone();
@@ -161,12 +172,14 @@ impl Merge<'_> {
                     let message = format!("{} has no snapshot or sequence number", entry.file_path());
                     iceberg::Error::new(iceberg::ErrorKind::DataInvalid, message)
                 };
-                writer.add_existing_file(
-                    entry.data_file().clone(),
-                    entry.snapshot_id().ok_or_else(unknown)?,
-                    entry.sequence_number().ok_or_else(unknown)?,
-                    entry.file_sequence_number,
-                )?;
+                let (file, sequence_number) = (entry.data_file().clone(), entry.sequence_number().ok_or_else(unknown)?);
+                if removed.contains(entry.file_path()) {
+                    writer.add_delete_file(file, sequence_number, entry.file_sequence_number)?;
+                    deleted += 1;
+                } else {
+                    let snapshot_id = entry.snapshot_id().ok_or_else(unknown)?;
+                    writer.add_existing_file(file, snapshot_id, sequence_number, entry.file_sequence_number)?;
+                }
                 files += 1;
             }
             if files > 0 {
@@ -176,7 +189,7 @@ impl Merge<'_> {
             }
             entries += files;
         }
-        Ok((merged, entries))
+        Ok(Rewritten { manifests: merged, entries, deleted })
     }
 }
 

@@ -10,6 +10,7 @@ mod commit;
 mod evolution;
 mod files;
 mod layout;
+mod maintenance;
 mod manifests;
 mod metadata;
 mod order;
@@ -34,7 +35,6 @@ use uuid::Uuid;
 
 use self::catalog::{Catalog, LoadedTable, TableName};
 use self::files::FileLayout;
-use self::order::SortOrder;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
 use crate::config::CatalogConfig;
@@ -43,13 +43,12 @@ use crate::sink::Error;
 pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
 pub use self::evolution::Change;
 pub use self::files::TableWriter;
+pub use self::maintenance::{Maintainer, Round, TableReport};
 pub use self::plan::{TablePlan, TableStep};
 pub use self::read::{Append, PinnedTable, Rows};
 pub use self::sqlite::CATALOG_NAME;
 pub use iceberg::expr::{Predicate, Reference};
 pub use iceberg::spec::{DataFile, Datum};
-
-const DEFAULT_TARGET_FILE_BYTES: usize = 512 << 20;
 
 /// A table as the pipeline wants it.
 #[derive(Clone, Debug)]
@@ -172,6 +171,13 @@ impl IcebergSink {
         self.0.commit(commit).await
     }
 
+    /// What keeps the tables of this query small and fast.
+    pub fn maintainer(&self) -> Maintainer {
+        let inner = &self.0;
+        let tables = inner.tables.iter().map(|table| table.name.clone()).collect();
+        Maintainer::new(inner.catalog.clone(), inner.storage.clone(), tables)
+    }
+
     /// Best effort: deletes the data files of an attempt that will not be committed.
     pub async fn discard(&self, files: impl IntoIterator<Item = &DataFile>) {
         let paths: Vec<String> = files.into_iter().map(|file| file.file_path().to_string()).collect();
@@ -225,30 +231,9 @@ impl Inner {
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
-    let arrow_schema = layout::arrow_schema(spec, metadata)?;
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
     }
-    let properties = metadata.properties();
-    let data_location = match properties.get("write.data.path") {
-        Some(path) => path.trim_end_matches('/').to_string(),
-        None => format!("{}/data", metadata.location().trim_end_matches('/')),
-    };
-    let target_file_bytes = properties
-        .get("write.target-file-size-bytes")
-        .and_then(|bytes| bytes.parse().ok())
-        .unwrap_or(DEFAULT_TARGET_FILE_BYTES);
-    let files = FileLayout {
-        table: name.to_string(),
-        file_io: file_io.clone(),
-        data_location,
-        schema: metadata.current_schema().clone(),
-        spec: metadata.default_partition_spec().clone(),
-        order: SortOrder::new(metadata.default_sort_order(), &arrow_schema)
-            .map_err(|e| catalog::iceberg_error("write to", &spec.name, e))?,
-        properties: files::writer_properties(&spec.name, properties, &arrow_schema),
-        arrow_schema,
-        target_file_bytes,
-    };
+    let files = FileLayout::of(&name, metadata, file_io)?;
     Ok(BoundTable { name, files: Arc::new(files) })
 }

@@ -49,15 +49,24 @@ impl SortOrder {
         self.id
     }
 
+    /// How each of the [`keys`](SortOrder::keys) is compared.
+    pub fn options(&self) -> Vec<SortOptions> {
+        self.columns.iter().map(|column| column.options).collect()
+    }
+
+    /// The values that rows are compared by, and how.
+    pub fn keys(&self, rows: &RecordBatch) -> iceberg::Result<Vec<SortColumn>> {
+        let key = |column: &Column| -> iceberg::Result<SortColumn> {
+            let values: ArrayRef = column.transform.transform(column_at(rows, &column.path))?;
+            Ok(SortColumn { values, options: Some(column.options) })
+        };
+        self.columns.iter().map(key).collect()
+    }
+
     /// All rows of `batches`, sorted. The batches have the table's columns.
     pub fn sort(&self, schema: &ArrowSchemaRef, batches: &[RecordBatch]) -> iceberg::Result<RecordBatch> {
         let rows = concat_batches(schema, batches)?;
-        let mut keys = Vec::with_capacity(self.columns.len());
-        for column in &self.columns {
-            let values: ArrayRef = column.transform.transform(column_at(&rows, &column.path))?;
-            keys.push(SortColumn { values, options: Some(column.options) });
-        }
-        let indices = lexsort_to_indices(&keys, None)?;
+        let indices = lexsort_to_indices(&self.keys(&rows)?, None)?;
         Ok(take_record_batch(&rows, &indices)?)
     }
 }

@@ -17,7 +17,7 @@ pub(super) const DAY_US: i64 = 86_400_000_000;
 const NEW_YEAR_US: i64 = 1_767_225_600_000_000;
 
 pub(super) struct Fixture {
-    dir: TempDir,
+    pub(super) dir: TempDir,
     query_id: Uuid,
 }
 
@@ -35,11 +35,11 @@ impl Fixture {
         IcebergSink::open(&self.catalog(), self.query_id, "telemetry", specs).await
     }
 
-    async fn another_query(&self, specs: &[TableSpec]) -> IcebergSink {
+    pub(super) async fn another_query(&self, specs: &[TableSpec]) -> IcebergSink {
         IcebergSink::open(&self.catalog(), Uuid::new_v4(), "another", specs).await.unwrap()
     }
 
-    fn data_files(&self, table: &str) -> Vec<String> {
+    pub(super) fn data_files(&self, table: &str) -> Vec<String> {
         fn walk(folder: &std::path::Path, found: &mut Vec<String>) {
             for entry in std::fs::read_dir(folder).into_iter().flatten() {
                 let path = entry.unwrap().path();
@@ -113,7 +113,7 @@ pub(super) async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<
     }
 }
 
-async fn metadata(sink: &IcebergSink, table: usize) -> Arc<TableMetadata> {
+pub(super) async fn metadata(sink: &IcebergSink, table: usize) -> Arc<TableMetadata> {
     sink.0.load_all().await.unwrap()[table].metadata.clone()
 }
 
@@ -224,7 +224,7 @@ async fn racing_writers_retry_and_lose_nothing() {
     assert_eq!(events_table.snapshots().len(), 16);
 }
 
-async fn offsets(mut rows: Rows) -> Vec<i64> {
+pub(super) async fn offsets(mut rows: Rows) -> Vec<i64> {
     let mut offsets = Vec::new();
     while let Some(batch) = rows.try_next().await.unwrap() {
         assert_eq!(batch.num_columns(), 1);
@@ -741,7 +741,7 @@ async fn every_type_of_a_schema_is_written() {
     files.extend(write(&sink, 0, 1, vec![rows.slice(1, 2)]).await);
     sink.commit(&batch_commit(&sink, 1, vec![files]).await).await.unwrap();
     let metadata = metadata(&sink, 0).await;
-    let columns = layout::arrow_schema(&table, &metadata).unwrap();
+    let columns = layout::arrow_schema(&TableName::parse(&table.name).unwrap(), &metadata).unwrap();
     let expected = layout::conform(&rows.slice(0, 1), &columns).unwrap();
     assert_eq!(read.num_columns(), expected.num_columns());
     for (field, (read, expected)) in columns.fields().iter().zip(read.columns().iter().zip(expected.columns())) {

@@ -208,7 +208,7 @@ impl Pipeline {
         late_ms: i64,
         evict_ms: i64,
     ) -> Result<Ran, String> {
-        let mut lane = Lane::new(self.queries.clone(), self.event_time, late_ms);
+        let mut lane = Lane::new(self.queries.clone(), (0..self.queries.len()).collect(), self.event_time, late_ms);
         let mut late = BTreeSet::new();
         for batch in &input {
             let decoded = self.reader.read(list(&inputs[*batch as usize]));
