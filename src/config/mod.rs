@@ -6,6 +6,7 @@
 //! `_FILE` variables is read besides the file.
 
 mod build;
+mod definition;
 mod document;
 mod error;
 mod expression;
@@ -27,6 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use build::OWNED_PROPERTIES;
+pub use definition::{Definition, Difference};
 pub use error::{ConfigError, ConfigErrors, Place};
 pub use registry::RegistryConfig;
 

@@ -207,6 +207,12 @@ impl WindowQuery {
         &self.aggregates
     }
 
+    /// Everything that the meaning of this query's state depends on. Names of columns and what is computed from the results
+    /// of aggregate calls are not in it: they can change while windows are open.
+    pub fn state_definition(&self) -> &str {
+        &self.definition
+    }
+
     pub(super) fn error(&self, error: &DataFusionError) -> Error {
         Error::Aggregate { table: self.table.clone(), message: sql::first_line(error) }
     }
@@ -241,16 +247,6 @@ impl WindowQuery {
         };
         self.arguments.iter().zip(columns).map(gather).collect()
     }
-}
-
-/// Identifies the windows that a state belongs to.
-pub(super) fn fingerprint(queries: &[WindowQuery]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    for query in queries {
-        hasher.update(query.definition.as_bytes());
-        hasher.update(b"\n");
-    }
-    hasher.finalize()
 }
 
 /// -0.0 and 0.0 are one group, shown as 0.0, and all NaNs are one group, as in Spark.

@@ -36,6 +36,8 @@ mod maintenance;
 mod operating;
 /// Two processes on one checkpoint.
 mod ownership;
+/// The pipeline changes over its checkpoint: `floe plan` says what that comes to, and `floe run` does as it said.
+mod plan;
 /// Expectations on rows; too many refused records hold a batch back.
 mod quality;
 /// Killed at random moments.
