@@ -4,8 +4,8 @@
 //! metadata.json          query id (UUID, for ever), format version, pipeline name
 //! owners/<epoch>.json    who runs this query; the highest epoch owns it
 //! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
-//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, state files that make up
-//!                        the state, snapshot ids, counts
+//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, settings, numbers of
+//!                        the windows, state files that make up the state, snapshot ids, counts
 //! state/<batch>-<attempt>.delta | -<part>.run
 //! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
 //! control/drop-<batch>.json                        state of windows that are no more may be dropped after this batch

@@ -32,6 +32,8 @@ mod harness;
 mod invalid_data;
 /// Snapshots expire, small files are compacted, orphans go; whatever is killed meanwhile, and whoever else writes.
 mod maintenance;
+/// Random streams, stops and batch sizes: the tables equal a naive model.
+mod model;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.

@@ -162,6 +162,7 @@ fn settings_change() {
     let settings = ["dead_letters.table", "event_time.idle_timeout", "event_time.policy", "event_time.watermark_delay",
                     "source.topics", "table telemetry.refused", "transform.filter"];
     verdicts_are(&plan, &settings.map(|setting| (setting, "safe")));
+    broker.produce_records(topic, records(&telemetry, 1_000..2_000));
     pipeline.run();
     verdicts_are(&pipeline.plan(&[]), &[]);
     pipeline.set("source.topics", vec![topic]);
