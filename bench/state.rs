@@ -58,6 +58,7 @@ fn schema() -> SchemaRef {
 fn queries() -> Arc<[WindowQuery]> {
     let aggregates = [("events", "count(*)"), ("mean", "avg(x)"), ("low", "min(x)"), ("high", "max(x)")];
     let config = WindowConfig {
+        of: 0,
         table: TableConfig {
             table: "telemetry.device_minutes".to_string(),
             partition_by: Vec::new(),
@@ -129,7 +130,7 @@ impl Bench {
         let begin = Instant::now();
         let queries = &self.queries;
         let lane = |rows: &RecordBatch| {
-            let mut lane = Lane::new(queries.clone(), 0, 0);
+            let mut lane = Lane::new(queries.clone(), Arc::new([0]), 0, 0);
             lane.update(rows).unwrap();
             lane
         };
@@ -220,7 +221,7 @@ fn window_stage() {
     let mut store = StateStore::new(queries.clone());
     let begin = Instant::now();
     for batch in chunks.chunks(50) {
-        let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), 0, 0)).collect();
+        let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), Arc::new([0]), 0, 0)).collect();
         for chunk in batch {
             lanes.iter_mut().zip(chunk).for_each(|(lane, rows)| lane.update(rows).unwrap());
         }

@@ -660,12 +660,12 @@ impl Emit<'_> {
             })?;
             for ((table, start, end), overflowed) in overflows.into_iter().filter(|(_, overflowed)| *overflowed > 0) {
                 let message = format!(
-                    "{overflowed} groups of {} in the window [{}, {}) have an integer sum beyond 64 bits; it is null there",
+                    "{overflowed} values of {} in the window [{}, {}) could not be computed and are null: a sum beyond its type, or an expression over aggregates that failed",
                     self.pipeline.tables[table].name,
                     timestamp_text(start),
                     timestamp_text(end)
                 );
-                tracing::warn!(table = self.pipeline.tables[table].name, window_start = %timestamp_text(start), groups = overflowed, "integer sum overflowed");
+                tracing::warn!(table = self.pipeline.tables[table].name, window_start = %timestamp_text(start), values = overflowed, "aggregates could not be computed");
                 let dead = dead_letter::from_overflows(&[message], self.plan.batch, self.plan.trigger_time_ms);
                 writers.write(self.pipeline.dead_letters, &dead)?;
                 *counts.dead_letters.entry(Reason::Overflow.code().to_string()).or_default() += 1;

@@ -225,7 +225,9 @@ async fn read_commit(files: &Files, batch: BatchId) -> Result<Option<CommitEntry
 pub(super) async fn up_to(files: &Files, newest: BatchId) -> Result<Vec<(MicroBatch, CommitEntry)>, Error> {
     let mut found = Vec::new();
     for batch in (0..=newest).rev() {
-        let (Some(plan), Some(commit)) = (read_plan(files, batch).await?, read_commit(files, batch).await?) else { break };
+        let (Some(plan), Some(commit)) = (read_plan(files, batch).await?, read_commit(files, batch).await?) else {
+            break;
+        };
         found.push((plan.plan, commit));
     }
     found.reverse();

@@ -92,7 +92,9 @@ fn judge(table: &TablePlan, known: &BTreeMap<String, Uuid>) -> Option<Change> {
 fn text(config: &Config, url: &str, changes: &Changes, goes_on: bool) -> String {
     let mut text = match changes.since {
         Some(batch) => format!("{}: changes since batch {batch} of {url}\n\n", config.name),
-        None => format!("{}: no batch is committed yet at {url}; everything begins with the first run\n\n", config.name),
+        None => {
+            format!("{}: no batch is committed yet at {url}; everything begins with the first run\n\n", config.name)
+        }
     };
     for change in &changes.list {
         text.push_str(&format!("{change}\n"));

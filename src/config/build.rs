@@ -636,11 +636,15 @@ fn check_columns(r: &mut Reader<'_>, config: &Config) {
         }
         let mut output = vec!["window_start", "window_end"];
         let key = format!("windows.{index}.group_by");
-        for column in &window.group_by {
-            if !columns.contains(&column.as_str()) {
-                r.error(&key, format!("{column:?} is no column; there are {}", columns.join(", ")));
-            }
-            if output.contains(&column.as_str()) {
+        for text in &window.group_by {
+            let column = match expression::key_name(text, columns) {
+                Ok((_, name)) => name,
+                Err(problem) => {
+                    r.error(&key, problem);
+                    continue;
+                }
+            };
+            if output.contains(&column) {
                 r.error(&key, format!("{column:?} would be in the table twice"));
             }
             output.push(column);

@@ -148,8 +148,7 @@ mod tests {
         };
         let before = of(&[("a", "1"), ("b", "2"), ("c", "3")]);
         let after = of(&[("b", "2"), ("c", "4"), ("d", "5")]);
-        let found: Vec<_> =
-            before.differences(&after).into_iter().map(|d| (d.setting, d.before, d.after)).collect();
+        let found: Vec<_> = before.differences(&after).into_iter().map(|d| (d.setting, d.before, d.after)).collect();
         let some = |v: &str| Some(v.to_string());
         assert_eq!(
             found,

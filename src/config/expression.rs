@@ -1,4 +1,4 @@
-//! `partition_by` and `sort_by` as the user writes them, as far as the configuration is concerned: their spelling and the
+//! `group_by`, `partition_by` and `sort_by` as the user writes them, as far as the configuration is concerned: their spelling and the
 //! column that they name. Pure.
 
 /// `day(event_timestamp)`, `bucket(16, device_id)`, `status` → the column.
@@ -39,6 +39,23 @@ pub fn sort_column(text: &str) -> Result<&str, String> {
     })
 }
 
+/// `device_id`, `upper(region) as region` → the SQL of a group key and its name in the table.
+pub fn key_name<'a>(text: &'a str, columns: &[&str]) -> Result<(&'a str, &'a str), String> {
+    let text = text.trim();
+    if columns.contains(&text) {
+        return Ok((text, text));
+    }
+    let words = text.rsplit_once(char::is_whitespace).filter(|(_, name)| column(name).is_ok());
+    let named = words.and_then(|(before, name)| {
+        let (sql, keyword) = before.trim_end().rsplit_once(char::is_whitespace)?;
+        keyword.eq_ignore_ascii_case("as").then_some((sql.trim_end(), name))
+    });
+    named.ok_or_else(|| match column(text) {
+        Ok(_) => format!("{text:?} is no column; there are {}", columns.join(", ")),
+        Err(_) => format!("{text:?} needs a name: \"{text} as name\""),
+    })
+}
+
 fn column(text: &str) -> Result<&str, String> {
     let sound = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_');
     if sound { Ok(text) } else { Err(format!("{text:?} is no column name")) }
@@ -63,6 +80,24 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(partition_column(text).ok(), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn group_keys() {
+        let columns = ["device_id", "odd name", "a as b"];
+        for (text, expected) in [
+            ("device_id", Some(("device_id", "device_id"))),
+            ("odd name", Some(("odd name", "odd name"))),
+            ("a as b", Some(("a as b", "a as b"))),
+            ("upper(region) as region", Some(("upper(region)", "region"))),
+            ("cast(n as varchar)  AS  text", Some(("cast(n as varchar)", "text"))),
+            ("cast(n as varchar)", None),
+            ("upper(region)", None),
+            ("device", None),
+            ("n % 10 as", None),
+        ] {
+            assert_eq!(key_name(text, &columns).ok(), expected, "{text:?}");
         }
     }
 

@@ -9,7 +9,7 @@ mod build;
 mod definition;
 mod document;
 mod error;
-mod expression;
+pub mod expression;
 mod fingerprint;
 mod pipeline;
 mod read;

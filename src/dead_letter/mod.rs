@@ -53,7 +53,7 @@ pub enum Reason {
     ExpressionFailed,
     /// It is valid, and fails an expectation with `on_fail = "dead_letter"`.
     ExpectationFailed,
-    /// A window's integer sum did not fit; the window's value is null.
+    /// A value of a window could not be computed, such as a sum beyond its type, and is null.
     Overflow,
     /// Not a record: offsets that expired before they were read (`fail_on_data_loss = false`).
     DataLoss,
@@ -204,7 +204,7 @@ pub fn from_gaps(gaps: &[Gap], batch: BatchId, trigger_time_ms: i64) -> RecordBa
     rows.finish()
 }
 
-/// Rows for windows whose integer sum overflowed: only reason, message, batch and time are set.
+/// Rows for windows with values that could not be computed: only reason, message, batch and time are set.
 pub fn from_overflows(messages: &[String], batch: BatchId, trigger_time_ms: i64) -> RecordBatch {
     let mut rows = Rows::new(batch, trigger_time_ms);
     for message in messages {

@@ -64,13 +64,7 @@ impl Change {
         verdict: Verdict,
         why: impl Into<String>,
     ) -> Change {
-        Change {
-            subject: subject.into(),
-            change: change.into(),
-            verdict,
-            why: why.into(),
-            starting_offsets: None,
-        }
+        Change { subject: subject.into(), change: change.into(), verdict, why: why.into(), starting_offsets: None }
     }
 }
 
@@ -139,8 +133,7 @@ pub async fn assess(
         ..Changes::default()
     };
     let after = Definition::of(config);
-    let differences =
-        if commit.definition.is_empty() { Vec::new() } else { commit.definition.differences(&after) };
+    let differences = if commit.definition.is_empty() { Vec::new() } else { commit.definition.differences(&after) };
     changes.list.extend(differences.iter().filter_map(setting));
     if let Some(replay) = recovered.replay().filter(|replay| replay.plan.config_fingerprint != config.fingerprint) {
         changes.list.push(pending(&replay.plan, pipeline));
@@ -151,8 +144,7 @@ pub async fn assess(
         return Ok(changes);
     }
 
-    let evict_ms =
-        if recovered.replay().is_some() { plan.watermarks.late() } else { plan.watermarks.evict() };
+    let evict_ms = if recovered.replay().is_some() { plan.watermarks.late() } else { plan.watermarks.evict() };
     let same_windows = changes.windows == commit.windows;
     let open = if same_windows { BTreeMap::new() } else { open_windows(checkpoint, commit, evict_ms).await? };
     let windows = Windows { before: &commit.windows, open: &open, differences: &differences, evict_ms };
@@ -218,7 +210,8 @@ fn pending(plan: &MicroBatch, pipeline: &Pipeline) -> Change {
     let planned: BTreeSet<&str> = plan.tables.keys().map(String::as_str).collect();
     match tables == planned {
         true => {
-            let why = "it is executed with the configuration as it is now, unless a table has it already: then run refuses";
+            let why =
+                "it is executed with the configuration as it is now, unless a table has it already: then run refuses";
             Change::new(subject, change, Verdict::Safe, why)
         }
         false => Change::new(subject, change, Verdict::Refused, Error::ConfigChanged { batch: plan.batch }.to_string()),
@@ -239,7 +232,9 @@ fn setting(difference: &Difference) -> Option<Change> {
         ("schema" | "transform" | "quality" | "when", _) => {
             "it holds for the records of the next batch on; what is committed, or in open windows, stays as it was read"
         }
-        (_, "rows.table") => "rows go there from the next batch on; a table that is not written any more stays as it is",
+        (_, "rows.table") => {
+            "rows go there from the next batch on; a table that is not written any more stays as it is"
+        }
         (_, "event_time.column") => "the watermark stays where it is and never goes back: rows behind it are late",
         (_, "event_time.watermark_delay") => {
             "the watermark never goes back: after a longer delay it waits, after a shorter one it moves with the next batch"
@@ -273,7 +268,8 @@ impl Windows<'_> {
     }
 
     fn judge_definitions(&self, after: &BTreeMap<&str, &str>) -> Judged {
-        let before: BTreeMap<&str, &str> = self.before.iter().map(|(t, state)| (t, state.definition.as_str())).collect();
+        let before: BTreeMap<&str, &str> =
+            self.before.iter().map(|(t, state)| (t, state.definition.as_str())).collect();
         let mut judged = Judged::default();
         for table in before.keys().chain(after.keys()).copied().collect::<BTreeSet<&str>>() {
             let open = self.open.get(table).copied().filter(|open| open.windows > 0);
@@ -313,13 +309,14 @@ impl Windows<'_> {
     /// Which settings of a table's windows differ.
     fn settings(&self, table: &str) -> String {
         let prefix = format!("windows.{table}.");
-        let mut names: Vec<&str> =
-            self.differences.iter().filter_map(|d| d.setting.strip_prefix(&prefix)).collect();
+        let mut names: Vec<&str> = self.differences.iter().filter_map(|d| d.setting.strip_prefix(&prefix)).collect();
         if names.contains(&"size") {
             names.retain(|name| *name != "windowing");
         }
-        let names: Vec<&str> =
-            names.into_iter().map(|name| if name == "windowing" { "slide, start or time_zone" } else { name }).collect();
+        let names: Vec<&str> = names
+            .into_iter()
+            .map(|name| if name == "windowing" { "slide, start or time_zone" } else { name })
+            .collect();
         names.join(", ")
     }
 
@@ -394,9 +391,9 @@ fn needed_from(logs: &[(MicroBatch, CommitEntry)], from_us: i64) -> Offsets {
         };
         let starts = logs.iter().map(|(plan, _)| plan.ranges.get(tp).map(|range| range.start));
         let starts: Vec<Option<i64>> = starts.chain([Some(range.end)]).collect();
-        let clean = (0..starts.len()).rev().find(|index| {
-            before(*index).is_some_and(|latest| latest.is_none_or(|latest| latest < from_ms))
-        });
+        let clean = (0..starts.len())
+            .rev()
+            .find(|index| before(*index).is_some_and(|latest| latest.is_none_or(|latest| latest < from_ms)));
         if let Some(start) = clean.and_then(|index| starts.get(index).copied().flatten()) {
             needed.insert(tp.clone(), start);
         }

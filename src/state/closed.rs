@@ -103,24 +103,24 @@ impl ClosedWindow {
         self.table.groups()
     }
 
-    /// The rows of the window, in batches of at most 64 Ki, and the number of groups in which the sum of integers did not
-    /// fit into 64 bits: these sums are null.
+    /// The rows of the window, in batches of at most 64 Ki, and how many of their values are null because they could not be
+    /// computed: a sum that does not fit its type, an expression over aggregates that fails.
     pub fn evaluate(self) -> Result<(Vec<RecordBatch>, u64), Error> {
         let query = query_of(&self.queries, self.unit)?;
         let rows = self.table.groups();
-        let (values, overflowed) = self.table.evaluate(query).map_err(|e| query.error(&e))?;
+        let finished = self.table.evaluate(query).map_err(|e| query.error(&e))?;
         let mut batches = Vec::with_capacity(rows.div_ceil(OUTPUT_ROWS));
         for offset in (0..rows).step_by(OUTPUT_ROWS) {
             let len = OUTPUT_ROWS.min(rows - offset);
-            let mut columns: Vec<ArrayRef> = Vec::with_capacity(values.len() + 2);
+            let mut columns: Vec<ArrayRef> = Vec::with_capacity(finished.columns.len() + 2);
             for bound in [self.unit.key, self.end_us] {
                 let array = TimestampMicrosecondArray::from_value(bound, len);
                 columns.push(Arc::new(array.with_timezone_opt(query.time_zone())));
             }
-            columns.extend(values.iter().map(|v| v.slice(offset, len)));
+            columns.extend(finished.columns.iter().map(|v| v.slice(offset, len)));
             let batch = sql::batch_of(query.output_schema(), columns, len).map_err(|e| query.error(&e.into()))?;
             batches.push(batch);
         }
-        Ok((batches, overflowed))
+        Ok((batches, finished.failed))
     }
 }

@@ -8,7 +8,7 @@ use datafusion_expr::{EmitTo, GroupsAccumulator};
 use datafusion_physical_plan::aggregates::group_values::{GroupValues, new_group_values};
 use datafusion_physical_plan::aggregates::order::GroupOrdering;
 
-use super::narrow_sums;
+use super::aggregate::Finished;
 use super::query::WindowQuery;
 
 /// How many groups a window may have before its keys move into a hash table. An empty hash table takes some 12 KiB: too
@@ -29,8 +29,6 @@ pub(super) struct GroupTable {
     keys: Keys,
     groups: usize,
     accumulators: Vec<Box<dyn GroupsAccumulator>>,
-    /// How many state columns each accumulator has.
-    states: Vec<usize>,
 }
 
 /// What a table holds, as columns that can be encoded and merged.
@@ -45,9 +43,8 @@ pub(super) struct Partial {
 impl GroupTable {
     pub fn new(query: &WindowQuery) -> Result<Self> {
         let keys = if query.key_schema().fields().is_empty() { Keys::None } else { Keys::Few(Vec::new()) };
-        let accumulators = query.aggregates().iter().map(|a| a.accumulator()).collect::<Result<_>>()?;
-        let states = query.aggregates().iter().map(|a| a.states()).collect();
-        Ok(GroupTable { keys, groups: 0, accumulators, states })
+        let accumulators = query.aggregates().accumulators().iter().map(|a| a.create()).collect::<Result<_>>()?;
+        Ok(GroupTable { keys, groups: 0, accumulators })
     }
 
     pub fn groups(&self) -> usize {
@@ -74,11 +71,8 @@ impl GroupTable {
         indices: &mut Vec<usize>,
     ) -> Result<()> {
         self.intern(query, keys, rows, indices)?;
-        for (accumulator, aggregate) in self.accumulators.iter_mut().zip(query.aggregates()) {
-            let Some(argument) = arguments.get(aggregate.argument()) else {
-                return internal_err!("an aggregate lacks its argument");
-            };
-            accumulator.update_batch(std::slice::from_ref(argument), indices, None, self.groups)?;
+        for (accumulator, call) in self.accumulators.iter_mut().zip(query.aggregates().accumulators()) {
+            call.update(accumulator.as_mut(), arguments, indices, self.groups)?;
         }
         Ok(())
     }
@@ -90,8 +84,8 @@ impl GroupTable {
         let mut indices = Vec::with_capacity(partial.groups);
         self.intern(query, &partial.keys, partial.groups, &mut indices)?;
         let mut states = partial.states.as_slice();
-        for (accumulator, &count) in self.accumulators.iter_mut().zip(&self.states) {
-            let Some((state, rest)) = states.split_at_checked(count) else {
+        for (accumulator, call) in self.accumulators.iter_mut().zip(query.aggregates().accumulators()) {
+            let Some((state, rest)) = states.split_at_checked(call.state().len()) else {
                 return internal_err!("a partial aggregate lacks state columns");
             };
             accumulator.merge_batch(state, &indices, None, self.groups)?;
@@ -128,25 +122,23 @@ impl GroupTable {
 
     pub fn into_partial(mut self, query: &WindowQuery) -> Result<Partial> {
         let keys = self.emit_keys(query)?;
-        let mut states = Vec::with_capacity(self.states.iter().sum());
+        let mut states = Vec::new();
         for accumulator in &mut self.accumulators {
             states.extend(accumulator.state(EmitTo::All)?);
         }
         Ok(Partial { groups: self.groups, keys, states })
     }
 
-    /// Keys and final values, and the number of groups in which an integer sum overflowed.
-    pub fn evaluate(mut self, query: &WindowQuery) -> Result<(Vec<ArrayRef>, u64)> {
-        let mut columns = self.emit_keys(query)?;
-        let mut overflowed = vec![false; self.groups];
-        for (accumulator, aggregate) in self.accumulators.iter_mut().zip(query.aggregates()) {
-            let values = accumulator.evaluate(EmitTo::All)?;
-            columns.push(match aggregate.is_integer_sum() {
-                true => narrow_sums(&values, &mut overflowed),
-                false => values,
-            });
+    /// Keys and final values.
+    pub fn evaluate(mut self, query: &WindowQuery) -> Result<Finished> {
+        let keys = self.emit_keys(query)?;
+        let mut results = Vec::with_capacity(self.accumulators.len());
+        for (accumulator, call) in self.accumulators.iter_mut().zip(query.aggregates().accumulators()) {
+            results.push(call.results(accumulator.as_mut())?);
         }
-        Ok((columns, overflowed.iter().filter(|o| **o).count() as u64))
+        let mut finished = query.aggregates().finish(&keys, &results, self.groups)?;
+        finished.columns.splice(0..0, keys);
+        Ok(finished)
     }
 
     fn emit_keys(&mut self, query: &WindowQuery) -> Result<Vec<ArrayRef>> {

@@ -93,9 +93,9 @@ impl Lane {
         windows: Vec<(i64, Option<Vec<u32>>)>,
     ) -> DataFusionResult<()> {
         let (arguments, failed) = query.arguments(batch)?;
-        let keys = query.key_columns(batch);
+        let (keys, failed_keys) = query.key_columns(batch)?;
         if let Some(count) = self.failed_values.get_mut(index) {
-            *count += failed;
+            *count += failed + failed_keys;
         }
         let (Some(late), Some(tables)) = (self.late_rows.get_mut(index), self.windows.get_mut(index)) else {
             return Ok(());
@@ -133,7 +133,7 @@ impl Lane {
         &self.late_rows
     }
 
-    /// Values that an aggregate or the filter saw as null because the expression failed on the row, by query.
+    /// Arguments of aggregates, filters and group keys that are null because their expression failed on the row, by query.
     pub fn failed_values(&self) -> &[u64] {
         &self.failed_values
     }

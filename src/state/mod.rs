@@ -10,6 +10,7 @@
 //! gives the same bits, whether at recovery or for a window that has left memory. Floats depend on that order: lanes are
 //! merged in the order given, never as they come in, and compaction only ever merges the oldest files.
 
+mod aggregate;
 mod closed;
 mod compaction;
 mod file;
@@ -27,11 +28,11 @@ mod stored;
 mod stored_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_aggregates;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-
-use arrow::array::{ArrayRef, AsArray};
 
 use crate::checkpoint::StateFile;
 use crate::error::Kind;
@@ -346,20 +347,4 @@ fn in_parallel<T: Send, R: Send>(
         }
         Ok(results)
     })
-}
-
-/// A decimal(38, 0) column of sums as int64; null and counted where it does not fit.
-fn narrow_sums(sums: &ArrayRef, overflowed: &mut [bool]) -> ArrayRef {
-    let sums = sums.as_primitive::<arrow::datatypes::Decimal128Type>();
-    let narrow = sums.iter().enumerate().map(|(group, sum)| {
-        let sum = sum?;
-        let narrow = i64::try_from(sum).ok();
-        if narrow.is_none()
-            && let Some(flag) = overflowed.get_mut(group)
-        {
-            *flag = true;
-        }
-        narrow
-    });
-    Arc::new(narrow.collect::<arrow::array::Int64Array>())
 }

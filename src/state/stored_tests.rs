@@ -17,18 +17,18 @@ use crate::config::WindowConfig;
 use crate::storage::Location;
 
 /// A query's durable side: files, what the newest commit names, the watermark.
-struct Disk {
+pub(super) struct Disk {
     runtime: Runtime,
     location: Location,
     reader: Reader,
     queries: Arc<[WindowQuery]>,
     batch: u64,
     evict_ms: i64,
-    committed: Vec<StateFile>,
+    pub(super) committed: Vec<StateFile>,
 }
 
 impl Disk {
-    fn new(queries: Arc<[WindowQuery]>) -> Disk {
+    pub(super) fn new(queries: Arc<[WindowQuery]>) -> Disk {
         let runtime = Runtime::new().unwrap();
         let location =
             Location { store: Arc::new(InMemory::new()), prefix: Path::from("ck"), url: "memory:///ck".into() };
@@ -37,7 +37,7 @@ impl Disk {
         Disk { runtime, location, reader, queries, batch: 0, evict_ms: 0, committed: Vec::new() }
     }
 
-    fn recover(&self, budget: u64) -> Result<StateStore, Error> {
+    pub(super) fn recover(&self, budget: u64) -> Result<StateStore, Error> {
         let (queries, reader) = (self.queries.clone(), self.reader.clone());
         let mut store = StateStore::recover(queries, reader, &self.committed, self.evict_ms, budget, 2)?;
         // Small enough for windows to be read in shards.
@@ -46,7 +46,7 @@ impl Disk {
     }
 
     /// A batch as [`crate::query`] does it; gives what it emits.
-    fn run(&mut self, store: &mut StateStore, lanes: Vec<Lane>, evict_ms: i64) -> Vec<RecordBatch> {
+    pub(super) fn run(&mut self, store: &mut StateStore, lanes: Vec<Lane>, evict_ms: i64) -> Vec<RecordBatch> {
         let delta = store.merge_lanes(lanes, evict_ms, 2).unwrap();
         let emitted = close(store, evict_ms).into_iter().flat_map(|w| w.evaluate().unwrap().0).collect();
         store.drop_superfluous(evict_ms);
@@ -67,7 +67,7 @@ impl Disk {
         emitted
     }
 
-    fn compact(&self, store: &StateStore) -> Option<Compacted> {
+    pub(super) fn compact(&self, store: &StateStore) -> Option<Compacted> {
         store.compaction_of_all(self.batch, self.evict_ms).unwrap().run().unwrap()
     }
 
@@ -333,5 +333,5 @@ fn the_shard_of_a_key_never_changes() {
         (Some(-1), Some(""), Some(f64::NAN), Some(0)),
         (None, None, None, None),
     ]);
-    assert_eq!(shard::hashes(query, &query.key_columns(&rows)).unwrap(), [44_418, 4_148, 13_173]);
+    assert_eq!(shard::hashes(query, &query.key_columns(&rows).unwrap().0).unwrap(), [44_418, 4_148, 13_173]);
 }

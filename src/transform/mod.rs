@@ -245,6 +245,67 @@ mod tests {
     }
 
     #[test]
+    fn every_group_of_functions_is_there() {
+        let list = DataType::List(Arc::new(Field::new_list_field(DataType::Utf8, true)));
+        let place = DataType::Struct(vec![Field::new("lat", DataType::Float64, true)].into());
+        let fields = vec![
+            Field::new("tags", list, true),
+            Field::new("place", place, true),
+            Field::new("at", DataType::Timestamp(arrow::datatypes::TimeUnit::Microsecond, Some("+00:00".into())), true),
+        ];
+        let mut tags = arrow::array::ListBuilder::new(arrow::array::StringBuilder::new());
+        tags.append_value([Some("b"), Some("a")]);
+        let lat: ArrayRef = Arc::new(Float64Array::from(vec![1.25]));
+        let place = arrow::array::StructArray::from(vec![(Arc::new(Field::new("lat", DataType::Float64, true)), lat)]);
+        let at = arrow::array::TimestampMicrosecondArray::from(vec![86_400_000_000]).with_timezone("+00:00");
+        let columns: Vec<ArrayRef> = vec![Arc::new(tags.finish()), Arc::new(place), Arc::new(at)];
+        let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap();
+        let mut wrong = Vec::new();
+        for (sql, expected) in [
+            ("tags[1]", "b"),
+            ("array_length(tags)", "2"),
+            ("array_has(tags, 'a')", "true"),
+            ("array_to_string(array_sort(tags), '-')", "a-b"),
+            ("place['lat']", "1.25"),
+            ("place.lat * 2", "2.5"),
+            ("date_trunc('month', at)", "1970-01-01T00:00:00Z"),
+            ("extract(hour from at)", "0"),
+            ("date_part('dow', at)", "5"),
+            ("to_char(at, '%Y/%m/%d')", "1970/01/02"),
+            ("date_bin(interval '1 hour', at)", "1970-01-02T00:00:00Z"),
+            ("at + interval '1 day'", "1970-01-03T00:00:00Z"),
+            ("cast(at as date)", "1970-01-02"),
+            ("to_unixtime(at)", "86400"),
+            ("round(sqrt(place.lat), 3)", "1.118"),
+            ("regexp_replace('a-b', '-', '+')", "a+b"),
+            ("regexp_like(tags[2], '^a')", "true"),
+            ("split_part('x/y', '/', 2)", "y"),
+            ("substr(upper(tags[1]) || 'cd', 2, 1)", "c"),
+            ("substring('abcd' from 2 for 2)", "bc"),
+            ("lpad('7', 3, '0')", "007"),
+            ("strpos('abc', 'c')", "3"),
+            ("encode('hi', 'hex')", "6869"),
+            ("coalesce(nullif(tags[1], 'b'), greatest('x', 'y'))", "y"),
+            ("CASE WHEN 'a' = ANY(tags) THEN 1 ELSE 0 END", "1"),
+            ("position('b' in 'ab')", "2"),
+            ("trim(' x ')", "x"),
+        ] {
+            let config = TransformConfig { filter: None, columns: vec![("out".to_string(), sql.to_string())] };
+            let found = match Transform::compile(&config, &batch.schema()) {
+                Ok(transform) => {
+                    let out = transform.apply(&batch).unwrap().batch;
+                    arrow::util::display::array_value_to_string(out.column(3), 0).unwrap()
+                }
+                Err(e) => e.join(" "),
+            };
+            if found != expected {
+                wrong.push(format!("{sql}: {found}, not {expected}"));
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    #[test]
     fn negative_zero_equals_zero() {
         let schema = Arc::new(Schema::new(vec![Field::new("x", DataType::Float64, true)]));
         let x: ArrayRef = Arc::new(Float64Array::from(vec![Some(-0.0), Some(0.0), None, Some(f64::NAN), Some(-1.0)]));

@@ -4,7 +4,7 @@
 //! the evaluation of a whole batch fails. Does not own: what an expression is for.
 //! Only functions that give the same result whenever they run are allowed: a batch that is replayed must come out the same. Integer arithmetic that overflows is an error of its row; it never wraps.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, LazyLock};
 
 use arrow::array::{Array, ArrayRef, RecordBatchOptions, new_null_array};
@@ -14,29 +14,50 @@ use arrow::record_batch::RecordBatch;
 use datafusion_common::config::ConfigOptions;
 use datafusion_common::format::DEFAULT_CAST_OPTIONS;
 use datafusion_common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
-use datafusion_common::{DFSchema, DataFusionError, TableReference, plan_err};
+use datafusion_common::{Column, DFSchema, DataFusionError, TableReference, plan_err};
 use datafusion_expr::execution_props::ExecutionProps;
 use datafusion_expr::planner::{ContextProvider, ExprPlanner};
 use datafusion_expr::simplify::SimplifyContext;
 use datafusion_expr::{
     AggregateUDF, Expr, ExprSchemable, Operator, ScalarUDF, TableSource, Volatility, WindowUDF, lit,
 };
-use datafusion_functions_aggregate::{average, count, min_max, sum};
+use datafusion_functions_aggregate::{
+    approx_distinct, approx_median, approx_percentile_cont, average, bit_and_or_xor, bool_and_or, count, first_last,
+    min_max, stddev, sum, variance,
+};
 use datafusion_optimizer::simplify_expressions::ExprSimplifier;
 use datafusion_physical_expr::expressions::{BinaryExpr, lit as physical_lit};
 use datafusion_physical_expr::{PhysicalExpr, create_physical_expr};
 use datafusion_sql::parser::DFParser;
 use datafusion_sql::planner::{ParserOptions, PlannerContext, SqlToRel};
 
-/// The aggregates that a window can compute.
-pub const AGGREGATES: [&str; 5] = ["count", "sum", "avg", "min", "max"];
+/// Aggregates of SQL that a window cannot compute, and why.
+const REFUSED: [(&[&str], &str); 4] = [
+    (
+        &["array_agg", "string_agg", "collect_list", "collect_set", "listagg"],
+        "keeps every value, so its state has no bound and its result no order of its own; use count, first_value, last_value \
+         or approx_percentile_cont, or read the rows table",
+    ),
+    (
+        &["median", "percentile_cont", "quantile_cont", "percentile", "mode"],
+        "needs all values of a window at once, so its state has no bound; use approx_median(x) or \
+         approx_percentile_cont(x, 0.95)",
+    ),
+    (
+        &["row_number", "rank", "dense_rank", "percent_rank", "cume_dist", "ntile", "lag", "lead", "nth_value"],
+        "looks at other rows, which a stream does not have at hand; use first_value and last_value",
+    ),
+    (&["any_value", "grouping", "approx_percentile_cont_with_weight"], "is not supported in a window"),
+];
 
 static FUNCTIONS: LazyLock<Functions> = LazyLock::new(Functions::new);
 
 /// What SQL text can name, besides columns.
 struct Functions {
     scalar: HashMap<String, Arc<ScalarUDF>>,
-    aggregate: HashMap<&'static str, Arc<AggregateUDF>>,
+    /// By name, without other names for the same.
+    aggregate: BTreeMap<String, Arc<AggregateUDF>>,
+    aggregate_alias: HashMap<String, Arc<AggregateUDF>>,
     planners: Vec<Arc<dyn ExprPlanner>>,
     options: ConfigOptions,
 }
@@ -44,25 +65,49 @@ struct Functions {
 impl Functions {
     fn new() -> Self {
         let mut scalar = HashMap::new();
-        for function in datafusion_functions::all_default_functions() {
+        let nested = datafusion_functions_nested::all_default_nested_functions();
+        for function in datafusion_functions::all_default_functions().into_iter().chain(nested) {
             for alias in function.aliases() {
                 scalar.insert(alias.clone(), function.clone());
             }
             scalar.insert(function.name().to_string(), function);
         }
-        let aggregate = HashMap::from([
-            ("count", count::count_udaf()),
-            ("sum", sum::sum_udaf()),
-            ("avg", average::avg_udaf()),
-            ("min", min_max::min_udaf()),
-            ("max", min_max::max_udaf()),
-        ]);
+        let aggregates = [
+            approx_distinct::approx_distinct_udaf(),
+            approx_median::approx_median_udaf(),
+            approx_percentile_cont::approx_percentile_cont_udaf(),
+            average::avg_udaf(),
+            bit_and_or_xor::bit_and_udaf(),
+            bit_and_or_xor::bit_or_udaf(),
+            bit_and_or_xor::bit_xor_udaf(),
+            bool_and_or::bool_and_udaf(),
+            bool_and_or::bool_or_udaf(),
+            count::count_udaf(),
+            first_last::first_value_udaf(),
+            first_last::last_value_udaf(),
+            min_max::max_udaf(),
+            min_max::min_udaf(),
+            stddev::stddev_udaf(),
+            stddev::stddev_pop_udaf(),
+            sum::sum_udaf(),
+            variance::var_samp_udaf(),
+            variance::var_pop_udaf(),
+        ];
+        let mut aggregate_alias = HashMap::new();
+        for function in &aggregates {
+            for alias in function.aliases() {
+                aggregate_alias.insert(alias.clone(), function.clone());
+            }
+        }
+        let aggregate = aggregates.into_iter().map(|f| (f.name().to_string(), f)).collect();
         let planners: Vec<Arc<dyn ExprPlanner>> = vec![
             Arc::new(datafusion_functions::core::planner::CoreFunctionPlanner::default()),
+            Arc::new(datafusion_functions_nested::planner::NestedFunctionPlanner),
+            Arc::new(datafusion_functions_nested::planner::FieldAccessPlanner),
             Arc::new(datafusion_functions::datetime::planner::DatetimeFunctionPlanner),
             Arc::new(datafusion_functions::unicode::planner::UnicodeFunctionPlanner),
         ];
-        Functions { scalar, aggregate, planners, options: ConfigOptions::default() }
+        Functions { scalar, aggregate, aggregate_alias, planners, options: ConfigOptions::default() }
     }
 }
 
@@ -80,7 +125,7 @@ impl ContextProvider for &Functions {
     }
 
     fn get_aggregate_meta(&self, name: &str) -> Option<Arc<AggregateUDF>> {
-        self.aggregate.get(name).cloned()
+        self.aggregate.get(name).or_else(|| self.aggregate_alias.get(name)).cloned()
     }
 
     fn get_window_meta(&self, _name: &str) -> Option<Arc<WindowUDF>> {
@@ -100,7 +145,7 @@ impl ContextProvider for &Functions {
     }
 
     fn udaf_names(&self) -> Vec<String> {
-        self.aggregate.keys().map(|name| name.to_string()).collect()
+        self.aggregate.keys().cloned().collect()
     }
 
     fn udwf_names(&self) -> Vec<String> {
@@ -122,6 +167,11 @@ impl Scope {
 
     /// Parses, resolves and types an expression. The error says what is wrong with it and which columns there are.
     pub fn parse(&self, sql: &str) -> Result<Expr, String> {
+        self.typed(self.read(sql)?)
+    }
+
+    /// Parses and resolves an expression, as it was written.
+    pub fn read(&self, sql: &str) -> Result<Expr, String> {
         let parsed = DFParser::parse_sql_into_expr(sql).map_err(|e| self.explain(&e))?;
         if parsed.alias.is_some() {
             return Err("an expression takes no alias (AS)".to_string());
@@ -134,17 +184,35 @@ impl Scope {
             .sql_to_expr(parsed.expr, &self.columns, &mut PlannerContext::new())
             .map_err(|e| self.explain(&e))?;
         refuse_unfit(&expr)?;
-        let expr = count_rows_for_wildcard(expr);
-        let context = SimplifyContext::default().with_schema(self.columns.clone());
-        let simplifier = ExprSimplifier::new(context);
-        let expr = simplifier.coerce(expr, &self.columns).map_err(|e| self.explain(&e))?;
-        simplifier.simplify(expr).map_err(|e| self.explain(&e))
+        let plain = expr.transform_up(|node| Ok(count_rows_for_wildcard(node))).map_err(|e| self.explain(&e))?;
+        Ok(plain.data)
+    }
+
+    /// Puts in the casts that types need, and simplifies.
+    pub fn typed(&self, expr: Expr) -> Result<Expr, String> {
+        self.simplify(self.coerce(expr)?)
+    }
+
+    pub fn coerce(&self, expr: Expr) -> Result<Expr, String> {
+        self.simplifier().coerce(expr, &self.columns).map_err(|e| self.explain(&e))
+    }
+
+    pub fn simplify(&self, expr: Expr) -> Result<Expr, String> {
+        self.simplifier().simplify(expr).map_err(|e| self.explain(&e))
+    }
+
+    fn simplifier(&self) -> ExprSimplifier {
+        ExprSimplifier::new(SimplifyContext::default().with_schema(self.columns.clone()))
+    }
+
+    pub fn column(&self, name: &str) -> Expr {
+        Expr::Column(Column::new_unqualified(name))
     }
 
     /// The expression ready to run. One that fails without looking at any row is refused here.
     pub fn physical(&self, expr: &Expr) -> Result<Arc<dyn PhysicalExpr>, String> {
-        if expr.exists(|node| Ok(matches!(node, Expr::AggregateFunction(_)))).map_err(|e| first_line(&e))? {
-            return Err("aggregates belong into [[windows]], and not inside one another".to_string());
+        if calls_aggregate(expr) {
+            return Err("aggregates belong into [windows.aggregates]".to_string());
         }
         let physical =
             create_physical_expr(expr, &self.columns, &ExecutionProps::new()).map_err(|e| self.explain(&e))?;
@@ -180,12 +248,33 @@ impl Scope {
 
     fn explain(&self, error: &DataFusionError) -> String {
         let names: Vec<&str> = self.schema.fields().iter().map(|f| f.name().as_str()).collect();
-        format!("{}; columns: {}", first_line(error), names.join(", "))
+        let line = first_line(error);
+        match line.strip_prefix("Invalid function '").and_then(|rest| rest.split_once('\'')) {
+            Some((function, _)) => unknown_function(function),
+            None => format!("{line}; columns: {}", names.join(", ")),
+        }
     }
 }
 
-/// `count(*)` counts a constant.
-fn count_rows_for_wildcard(expr: Expr) -> Expr {
+pub fn calls_aggregate(expr: &Expr) -> bool {
+    expr.exists(|node| Ok(matches!(node, Expr::AggregateFunction(_)))).unwrap_or(true)
+}
+
+/// The aggregates that a window can compute.
+pub fn aggregate_names() -> String {
+    FUNCTIONS.aggregate.keys().cloned().collect::<Vec<_>>().join(", ")
+}
+
+fn unknown_function(function: &str) -> String {
+    let known = REFUSED.iter().find(|(names, _)| names.contains(&function.to_ascii_lowercase().as_str()));
+    match known {
+        Some((_, reason)) => format!("{function} {reason}"),
+        None => format!("there is no function {function}; aggregates are {}", aggregate_names()),
+    }
+}
+
+/// `count(*)` counts a constant. Functions called by another name come with an alias, which says nothing here.
+fn count_rows_for_wildcard(expr: Expr) -> Transformed<Expr> {
     match expr {
         Expr::AggregateFunction(mut aggregate) if aggregate.func.name() == "count" => {
             #[allow(deprecated)] // the parser still produces it
@@ -193,9 +282,10 @@ fn count_rows_for_wildcard(expr: Expr) -> Expr {
             if wildcard {
                 aggregate.params.args = vec![lit(1i64)];
             }
-            Expr::AggregateFunction(aggregate)
+            Transformed::yes(Expr::AggregateFunction(aggregate))
         }
-        other => other,
+        Expr::Alias(alias) => Transformed::yes(*alias.expr),
+        other => Transformed::no(other),
     }
 }
 

@@ -242,7 +242,33 @@ fn refused_where_it_could_double() {
     let mut pipeline = Pipeline::new(&broker.bootstrap, "dlq_refused");
     pipeline.set("rows.provenance", false);
     pipeline.run();
-    start(&pipeline, 0, &["retry"]).wait().expect_code(1).expect_output(&["rows.provenance = true"]);
+    start(&pipeline, 0, &["retry"]).wait().expect_code(1).expect_output(&["needs provenance = true"]);
     pipeline.set("rows.provenance", true);
     start(&pipeline, 0, &["retry"]).wait().expect_code(1).expect_output(&["no column _kafka_topic"]);
+}
+
+#[test]
+fn letters_of_an_expectation_become_rows_once_it_is_mended() {
+    let broker = Broker::shared();
+    let telemetry = Telemetry { messages: 2_000, invalid_per_mille: 0, ..Telemetry::default() };
+    fill(broker, "dlq_expectation", &telemetry);
+    let mut pipeline = Pipeline::new(&broker.bootstrap, "dlq_expectation");
+    let expect = |sql: &str| -> toml::Value {
+        let text = format!("[[expect]]\nname = \"charged\"\nsql = \"{sql}\"\non_fail = \"dead_letter\"");
+        text.parse::<toml::Table>().unwrap()["expect"].clone()
+    };
+    pipeline.set("quality.expect", expect("battery_level >= 50"));
+    pipeline.run();
+    let tables = pipeline.tables();
+    let low: u64 = tables.value("select count(*) from {telemetry.dead_letters} where reason = 'expectation_failed'");
+    assert!(low > 0 && rows(&tables) + low == 2_000);
+    pipeline.set("quality.expect", expect("battery_level >= 25"));
+    dlq(&pipeline, &["retry", "--reason", "expectation_failed"]);
+    let middle: u64 = tables.value("select count(*) from {telemetry.events} where battery_level between 25 and 49.99");
+    let still: u64 =
+        tables.value("select count(*) from {telemetry.events} where battery_level < 25 or battery_level is null");
+    assert!(middle > 0 && middle < low, "{middle} of {low}");
+    assert_eq!(still, 0);
+    dlq(&pipeline, &["retry"]);
+    assert_eq!(rows(&tables), 2_000 - low + middle);
 }

@@ -6,6 +6,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+/// Aggregates equal what another engine computes from the rows.
+mod aggregates;
 /// `available_now` drains exactly what was there at its start; aborted transactions leave no trace.
 mod available_now;
 /// The broker stopped, restarted, frozen.

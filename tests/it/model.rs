@@ -13,8 +13,17 @@ const DELAY_MS: i64 = 3 * 60_000;
 const DAY_MS: i64 = 24 * 3_600_000;
 /// Where a run may be killed; not every run gets to every point.
 const POINTS: [&str; 12] = [
-    "plan.before_put", "plan.after_put", "execute.chunk", "execute.files_written", "state.after_put",
-    "commit_log.before_put", "commit_log.after_put", "tidy", "state.spill", "state.compaction", "state.adopted",
+    "plan.before_put",
+    "plan.after_put",
+    "execute.chunk",
+    "execute.files_written",
+    "state.after_put",
+    "commit_log.before_put",
+    "commit_log.after_put",
+    "tidy",
+    "state.spill",
+    "state.compaction",
+    "state.adopted",
     "state.recovery",
 ];
 
@@ -264,7 +273,7 @@ impl Scenario {
         pipeline.set("event_time.watermark_delay", delay).set("event_time.policy", self.policy);
         if self.policy == "partition-min" {
             pipeline.set("event_time.idle_timeout", "1 hour");
-        } 
+        }
         pipeline.remove_window("telemetry.device_minutes");
         for windows in &WINDOWS {
             pipeline.add_window(&windows.toml());
@@ -286,7 +295,8 @@ impl Scenario {
             } else if self.unlimited {
                 // Whatever is open closes, but for the windows of these.
                 let partitions = 0..self.rows.len();
-                let last = Row { at_us: Some(self.origin_us + 200 * DAY_MS * 1000), device: None, n: None, quarters: None };
+                let last =
+                    Row { at_us: Some(self.origin_us + 200 * DAY_MS * 1000), device: None, n: None, quarters: None };
                 broker.produce_records(&self.topic, partitions.map(|p| last.record(p as i32)));
                 self.rows.iter_mut().for_each(|rows| rows.push(last.clone()));
             } else {

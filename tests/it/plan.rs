@@ -59,7 +59,10 @@ fn windows_come_and_go() {
 
     // One more, in the first place.
     pipeline.insert_window(BY_STATUS);
-    verdicts_are(&pipeline.plan(&[]), &[("windows telemetry.by_status", "safe"), ("table telemetry.by_status", "safe")]);
+    verdicts_are(
+        &pipeline.plan(&[]),
+        &[("windows telemetry.by_status", "safe"), ("table telemetry.by_status", "safe")],
+    );
     produce(1);
     pipeline.run();
     verdicts_are(&pipeline.plan(&[]), &[]);
@@ -159,8 +162,15 @@ fn settings_change() {
     pipeline.set("transform.filter", "device_id <> 'dev-1'").set("dead_letters.table", "telemetry.refused");
     pipeline.set("event_time.policy", "partition-min");
     let plan = pipeline.plan(&[]);
-    let settings = ["dead_letters.table", "event_time.idle_timeout", "event_time.policy", "event_time.watermark_delay",
-                    "source.topics", "table telemetry.refused", "transform.filter"];
+    let settings = [
+        "dead_letters.table",
+        "event_time.idle_timeout",
+        "event_time.policy",
+        "event_time.watermark_delay",
+        "source.topics",
+        "table telemetry.refused",
+        "transform.filter",
+    ];
     verdicts_are(&plan, &settings.map(|setting| (setting, "safe")));
     broker.produce_records(topic, records(&telemetry, 1_000..2_000));
     pipeline.run();

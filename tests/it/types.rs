@@ -152,7 +152,7 @@ fn a_topic_and_a_member_pick_schema_and_table() {
     assert_eq!(closed("fleet.reading_minutes"), closed("fleet.alert_minutes"));
     let differing: u64 = tables.value(
         "select count(*) from (select window_start, device, readings, level_sum from {fleet.reading_minutes} except \
-         select date_trunc('minute', at), device, count(*), sum(level) from {fleet.readings} group by all)",
+         select date_trunc('minute', \"at\"), device, count(*), sum(level) from {fleet.readings} group by all)",
     );
     assert_eq!(differing, 0);
     let differing: u64 = tables.value(
@@ -169,10 +169,10 @@ fn killed_at_every_step_each_record_is_in_one_table_once() {
     broker.create_topic("types_killed_orders", 1, &[]);
     let pipeline = pipeline(broker, "types_killed", "types_killed_orders");
     let mut filled = 0;
-    for failpoint in ["execute.chunk", "execute.files_written", "commit.tables", "commit.log"] {
+    for failpoint in ["execute.chunk", "execute.files_written", "commit.committed", "commit_log.before_put"] {
         fill(broker, "types_killed", "types_killed_orders", filled..filled + 120);
         filled += 120;
-        pipeline.spawn_with(&[("FLOE_FAILPOINT", &format!("{failpoint}:kill"))]).wait();
+        pipeline.run_failing(&format!("{failpoint}:kill")).expect_killed();
         pipeline.run();
     }
     all_in_place(&pipeline.tables(), filled);
