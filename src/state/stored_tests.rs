@@ -315,7 +315,7 @@ fn state_follows_its_number() {
     disk.committed = store.files();
     let both = open(&disk);
 
-    number(&mut disk, &[a.clone()]);
+    number(&mut disk, std::slice::from_ref(&a));
     assert_eq!(open(&disk), both[1..]);
     number(&mut disk, &[a.clone(), b.clone()]);
     let again = open(&disk);

@@ -24,6 +24,8 @@ mod dead_letter_topic;
 mod demo;
 /// Dead letters listed, shown and tried again: each becomes a row once, whatever is killed and whoever commits meanwhile.
 mod dlq;
+/// Nulls, NaN, overflow, times at the ends of the range, no rows at all; a million groups and a hot key.
+mod edges;
 /// A new version of the schema: tables follow where they can, and a start is refused where they cannot.
 mod evolution;
 /// Killed at every step of the protocol, each offset is in the tables once.

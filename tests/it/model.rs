@@ -184,7 +184,7 @@ fn tables(pipeline: &Pipeline, windows: &Windows) -> BTreeMap<Group, Aggregates>
     type Found = (i64, i64, Option<String>, i64, i64, Option<i64>, Option<i64>, Option<i64>, Option<i64>);
     let mut found = BTreeMap::new();
     for (start, end, key, events, xs, sum, min, max, quarters) in pipeline.tables().query::<Found>(&sql) {
-        assert_eq!(end - start, windows.size_us, "{}", windows.table);
+        assert_eq!(end - start, windows.size_us, "{}: [{start}, {end}) of {key:?}", windows.table);
         let before = found.insert((start, key), (events, xs, sum, min, max, quarters));
         assert!(before.is_none(), "{}: a group is there twice at {start}", windows.table);
     }
