@@ -171,7 +171,8 @@ pub(super) fn extents(files: &[LiveFile], evict_ms: i64) -> BTreeMap<Unit, Exten
     let mut extents: BTreeMap<Unit, Extent> = BTreeMap::new();
     for (number, live) in files.iter().enumerate() {
         for entry in live.index.entries.iter().filter(|e| !closed(e.end_us, evict_ms)) {
-            let extent = extents.entry(entry.unit).or_default();
+            // A window may end before 1970.
+            let extent = extents.entry(entry.unit).or_insert(Extent { end_us: entry.end_us, ..Extent::default() });
             extent.end_us = extent.end_us.max(entry.end_us);
             extent.bytes += entry.length;
             extent.groups += entry.groups;
