@@ -82,7 +82,8 @@ pub enum Error {
     CheckpointOlder { checkpoint: String, newest: String, table: String, batch: BatchId },
     #[error(
         "{table} already has batch {batch} of pipeline {pipeline}, written with another checkpoint (query id {query_id}), and \
-         {checkpoint} is empty: everything would be read twice. Restore that checkpoint; or give this pipeline another name and \
+         {checkpoint} is empty: everything would be read twice. Restore that checkpoint; or rebuild it with \
+         `floe recover --from-table FILE`; or give this pipeline another name and \
          new starting offsets to go on beside those rows; or drop the tables and start over"
     )]
     CheckpointLost { table: String, pipeline: String, query_id: Uuid, batch: BatchId, checkpoint: String },
@@ -97,6 +98,9 @@ pub enum Error {
         batch_text(.has)
     )]
     TableOlder { table: String, has: Option<BatchId>, committed: BatchId },
+    /// Why a checkpoint cannot be rebuilt from the tables.
+    #[error("{0}")]
+    NotRebuilt(String),
     /// Another worker of the batch failed first, or the stage's deadline passed.
     #[error("cancelled")]
     Cancelled,
@@ -126,6 +130,7 @@ impl Error {
             | Error::CheckpointOlder { .. }
             | Error::CheckpointLost { .. }
             | Error::TableRecreated { .. }
+            | Error::NotRebuilt(_)
             | Error::TableOlder { .. } => Kind::Fatal,
         }
     }

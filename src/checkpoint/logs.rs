@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;
@@ -21,6 +22,8 @@ pub struct LoggedPlan {
     pub plan: MicroBatch,
     /// `sha256:<hex>` of the bytes of `offsets/<batch>.json`: what the tables' markers and the commit log repeat.
     pub digest: String,
+    /// Those bytes.
+    pub bytes: Bytes,
 }
 
 /// What became of the offsets of a batch.
@@ -209,7 +212,7 @@ async fn read_plan(files: &Files, batch: BatchId) -> Result<Option<LoggedPlan>, 
     if plan.batch != batch {
         return Err(files.damaged(&file, format!("it contains the plan of batch {}", plan.batch)));
     }
-    Ok(Some(LoggedPlan { plan, digest: digest(&bytes) }))
+    Ok(Some(LoggedPlan { plan, digest: digest(&bytes), bytes }))
 }
 
 async fn read_commit(files: &Files, batch: BatchId) -> Result<Option<CommitEntry>, Error> {
@@ -244,7 +247,22 @@ pub(super) async fn log_plan(files: &Files, plan: &MicroBatch) -> Result<LoggedP
         return Err(Error::Superseded { url: files.url().to_string(), file, epoch });
     }
     files.failpoint("plan.after_put", &file)?;
-    Ok(LoggedPlan { plan: plan.clone(), digest: digest(&bytes) })
+    Ok(LoggedPlan { plan: plan.clone(), digest: digest(&bytes), bytes })
+}
+
+/// A plan out of the bytes of `offsets/<batch>.json`, wherever they were kept.
+pub(super) fn decode_plan(files: &Files, bytes: Bytes) -> Result<LoggedPlan, Error> {
+    let plan: MicroBatch = files.decode("offsets/", &bytes)?;
+    Ok(LoggedPlan { plan, digest: digest(&bytes), bytes })
+}
+
+/// Writes a plan again that this location has lost.
+pub(super) async fn restore_plan(files: &Files, logged: &LoggedPlan) -> Result<(), Error> {
+    let file = numbered("offsets", logged.plan.batch);
+    match files.create(&file, &logged.bytes).await? {
+        Created::Ours => Ok(()),
+        Created::Theirs(_) => Err(files.refused(format!("another process has just created {file}"))),
+    }
 }
 
 /// Step 6: the batch is done.

@@ -128,6 +128,45 @@ impl Checkpoint {
         }
     }
 
+    /// A checkpoint that is about to be rebuilt where there is nothing: it exists for others only once
+    /// [`Checkpoint::finish_rebuilding`] has written `metadata.json`.
+    pub async fn rebuild(location: Location, pipeline: &str, query_id: Uuid) -> Result<Checkpoint, Error> {
+        let files = Files::new(location);
+        if let Some(found) =
+            files.list("").await?.iter().find(|entry| entry.file.contains('/') || entry.file == METADATA)
+        {
+            return Err(files.refused(format!(
+                "there is a checkpoint, or a part of one ({} is there), and it is never overwritten. If it is of no use any more, \
+                 move it away; or set checkpoint.location to an empty place",
+                found.file
+            )));
+        }
+        let metadata = Metadata {
+            format: FORMAT,
+            query_id,
+            pipeline: pipeline.to_string(),
+            created_at: jiff::Timestamp::now().to_string(),
+        };
+        Ok(Checkpoint { files, metadata, is_new: false, epoch: 0 })
+    }
+
+    /// A plan out of the bytes that [`LoggedPlan::bytes`] had.
+    pub fn decode_plan(&self, bytes: impl Into<Bytes>) -> Result<LoggedPlan, Error> {
+        logs::decode_plan(&self.files, bytes.into())
+    }
+
+    pub async fn restore_plan(&self, plan: &LoggedPlan) -> Result<(), Error> {
+        logs::restore_plan(&self.files, plan).await
+    }
+
+    /// After everything else, so that half a checkpoint is refused and not taken for a new one.
+    pub async fn finish_rebuilding(&self) -> Result<(), Error> {
+        match self.files.create(METADATA, &self.files.encode(METADATA, &self.metadata)?).await? {
+            Created::Ours => Ok(()),
+            Created::Theirs(_) => Err(self.files.refused("another process has just created a checkpoint here")),
+        }
+    }
+
     fn with(files: Files, metadata: Metadata, is_new: bool, pipeline: &str) -> Result<Checkpoint, Error> {
         if metadata.pipeline != pipeline {
             return Err(files.refused(format!(

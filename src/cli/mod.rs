@@ -70,6 +70,14 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Rebuild a lost checkpoint, so that the pipeline goes on where its tables are. Never overwrites one.
+    Recover {
+        /// From the pipeline's own tables; windows that were still open are aggregated again from its rows table.
+        #[arg(long, required = true)]
+        from_table: bool,
+        #[command(flatten)]
+        file: File,
+    },
     /// The whole pipeline with nothing else running: an embedded broker, a stream of telemetry, tables on this machine,
     /// checked at the end.
     Demo(demo::DemoOptions),
@@ -162,6 +170,13 @@ impl Cli {
                 writeln!(std::io::stdout(), "{}", said.trim_end()).map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            // Required, so that a later source can be told apart by its name.
+            Command::Recover { from_table: _, file } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let rebuilt = crate::query::rebuild(&load(&file.file)?).await?;
+                writeln!(std::io::stdout(), "{rebuilt}").map_err(|e| Error::Other(e.to_string()))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Demo(options) => {
                 crate::telemetry::init_logs_at("warn").map_err(Error::Variable)?;
                 Ok(demo::demo(&options).await?)
@@ -198,6 +213,8 @@ mod tests {
             ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
+            ("floe recover --from-table pipeline.toml", true),
+            ("floe recover pipeline.toml", false),
             (
                 "floe dlq list pipeline.toml --reason empty --reason wrong_type --since 2026-03-01 --by hour --json",
                 true,

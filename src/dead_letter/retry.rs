@@ -40,7 +40,7 @@ const ATTEMPTS: u32 = 40;
 const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis(10), max: Duration::from_secs(1) };
 /// A chunk is cut when it has so many bytes.
 const CHUNK_BYTES: usize = 16 << 20;
-const PLACE: [&str; 3] = ["_kafka_topic", "_kafka_partition", "_kafka_offset"];
+pub const PLACE: [&str; 3] = ["_kafka_topic", "_kafka_partition", "_kafka_offset"];
 const PLACE_ROWS: usize = 16 * 1024;
 /// What letters are counted under whose message type has no table of rows.
 const NO_TABLE: &str = "no_rows_table";
@@ -107,7 +107,7 @@ impl Report {
 }
 
 /// Offsets by topic and partition.
-type Places = BTreeMap<(String, i32), BTreeSet<i64>>;
+pub type Places = BTreeMap<(String, i32), BTreeSet<i64>>;
 
 fn count(places: &Places) -> u64 {
     places.values().map(|offsets| offsets.len() as u64).sum()
@@ -180,7 +180,7 @@ async fn open(config: &Config, table: &str) -> Result<PinnedTable, Error> {
 }
 
 /// Other pipelines may share the table; their topics are theirs.
-fn of_topics(config: &Config, selected: Option<Predicate>) -> Predicate {
+pub fn of_topics(config: &Config, selected: Option<Predicate>) -> Predicate {
     let topics = Reference::new("topic").is_in(config.source.topics.iter().map(Datum::string));
     match selected {
         Some(selected) => selected.and(topics),
@@ -199,7 +199,7 @@ async fn watermark(config: &Config) -> Result<Option<i64>, Error> {
     Ok(recovered.commit.and_then(|commit| commit.watermark_next_ms))
 }
 
-async fn places_of_letters(table: &PinnedTable, filter: Predicate) -> Result<Places, Error> {
+pub async fn places_of_letters(table: &PinnedTable, filter: Predicate) -> Result<Places, Error> {
     let columns = ["reason", "topic", "partition", "offset", "end_offset"];
     let mut rows = table.scan(&columns, Some(filter), PLACE_ROWS).await?;
     let mut places = Places::new();

@@ -10,6 +10,7 @@ pub mod changes;
 mod compaction;
 mod hold;
 mod progress;
+mod rebuild;
 mod recover;
 mod upkeep;
 
@@ -43,9 +44,14 @@ use crate::window;
 use crate::window::watermark::{self, EventTimeProgress, HeldBy, PartitionRead};
 
 use self::progress::lag;
+use self::rebuild::Progress;
+pub use self::rebuild::{Rebuilt, rebuild};
 use self::recover::{check_topics, marker_of};
 use self::upkeep::Upkeep;
 
+/// The table property that says up to which event time all windows are complete: they end no later, and all are in their
+/// tables.
+const VALID_THROUGH: &str = "floe.valid-through";
 /// Logs older than this many batches are removed.
 const RETAINED_BATCHES: u64 = 100;
 
@@ -379,7 +385,7 @@ impl Session {
         triggered: Instant,
         replay: bool,
     ) -> Result<(), Error> {
-        let LoggedPlan { plan, digest } = logged;
+        let LoggedPlan { plan, digest, bytes: logged } = logged;
         let deadlines = query.config.retry.deadlines;
         let attempt = Uuid::new_v4();
         self.adopt_compaction(query).await?;
@@ -418,6 +424,22 @@ impl Session {
         let state_files = state.files();
         durations.insert("state_commit".into(), millis(started));
 
+        let mut watermark_next_ms = plan.watermarks.evict_ms;
+        let mut progressed = EventTimeProgress::default();
+        if let Some(event_time) = query.config.event_time.as_ref().filter(|_| !query.pipeline.windows.is_empty()) {
+            let delay_ms = event_time.watermark_delay.as_millis() as i64;
+            watermark_next_ms = event_time.policy.after_batch(watermark_next_ms, counts.max_event_time_us, delay_ms);
+            let read = plan.ranges.iter().map(|(tp, range)| {
+                let read = PartitionRead {
+                    any_offsets: !range.is_empty(),
+                    left_behind: plan.left_behind.contains_key(tp),
+                    max_event_time_us: event_times.latest_us.get(tp).copied(),
+                };
+                (tp.clone(), read)
+            });
+            let idle_timeout_ms = event_time.policy.idle_timeout_ms();
+            progressed = self.event_times.after_batch(plan.trigger_time_ms, idle_timeout_ms, read);
+        }
         // 5. Commit the tables, all of them or none.
         let started = Instant::now();
         let written: Vec<(u64, u64)> =
@@ -427,6 +449,7 @@ impl Session {
             marker: Marker { pipeline: query.config.name.clone(), batch: plan.batch, plan: marker },
             tables: plan.tables.clone(),
             summary: summary(&plan)?,
+            properties: self.properties(query, &plan, &logged, watermark_next_ms, &progressed)?,
             files,
         };
         let committed = with_deadline("commit_tables", deadlines.commit, async {
@@ -444,22 +467,6 @@ impl Session {
 
         // 6. Log the commit: now the batch is done.
         let started = Instant::now();
-        let mut watermark_next_ms = plan.watermarks.evict_ms;
-        let mut progressed = EventTimeProgress::default();
-        if let Some(event_time) = query.config.event_time.as_ref().filter(|_| !query.pipeline.windows.is_empty()) {
-            let delay_ms = event_time.watermark_delay.as_millis() as i64;
-            watermark_next_ms = event_time.policy.after_batch(watermark_next_ms, counts.max_event_time_us, delay_ms);
-            let read = plan.ranges.iter().map(|(tp, range)| {
-                let read = PartitionRead {
-                    any_offsets: !range.is_empty(),
-                    left_behind: plan.left_behind.contains_key(tp),
-                    max_event_time_us: event_times.latest_us.get(tp).copied(),
-                };
-                (tp.clone(), read)
-            });
-            let idle_timeout_ms = event_time.policy.idle_timeout_ms();
-            progressed = self.event_times.after_batch(plan.trigger_time_ms, idle_timeout_ms, read);
-        }
         let entry = CommitEntry {
             batch: plan.batch,
             epoch: self.checkpoint.epoch(),
@@ -537,6 +544,30 @@ impl Session {
             compaction::adopt(state, compacted)?;
         }
         Ok(())
+    }
+
+    /// What every table says of the batch beside the marker: all that a checkpoint needs to be rebuilt, and how far windows
+    /// are complete.
+    fn properties(
+        &self,
+        query: &StreamingQuery,
+        plan: &MicroBatch,
+        logged: &[u8],
+        watermark_next_ms: Option<i64>,
+        event_times: &EventTimeProgress,
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let progress = Progress {
+            plan: String::from_utf8_lossy(logged).into_owned(),
+            watermark_next_ms,
+            event_times: event_times.clone(),
+            dead_letter_topic: query.config.dead_letter_topic.clone(),
+        };
+        let progress = serde_json::to_string(&progress).map_err(|e| Error::Internal(e.to_string()))?;
+        let mut properties = BTreeMap::from([(rebuild::property(self.checkpoint.query_id()), progress)]);
+        if let Some(evict_ms) = plan.watermarks.evict_ms.filter(|_| !query.pipeline.windows.is_empty()) {
+            properties.insert(VALID_THROUGH.to_string(), telemetry::rfc3339(evict_ms));
+        }
+        Ok(properties)
     }
 
     /// With what an earlier execution has found unknown: the tables may have it already.

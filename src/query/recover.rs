@@ -180,7 +180,7 @@ fn is_of_plan(marker: &Marker, logged: &LoggedPlan) -> bool {
 /// it already: then what the checkpoint would say of the batch, its open windows above all, would not be what the table
 /// has. Other tables than those of the plan cannot tell.
 fn check_config(config: &Config, logged: &LoggedPlan, tables: &[TableInfo]) -> Result<(), Error> {
-    let LoggedPlan { plan, digest } = logged;
+    let LoggedPlan { plan, digest, .. } = logged;
     let marker = marker_of(plan, digest, &config.fingerprint);
     let other_tables = plan.tables.len() != tables.len() || tables.iter().any(|t| !plan.tables.contains_key(&t.name));
     let elsewhere = plan.config_fingerprint != config.fingerprint && other_tables;

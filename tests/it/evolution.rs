@@ -257,6 +257,7 @@ fn nested_columns_are_added() {
         let commit = BatchCommit {
             marker: Marker { pipeline: "nested".into(), batch, plan: format!("sha256:{batch}") },
             tables: BTreeMap::new(),
+            properties: BTreeMap::new(),
             summary: BTreeMap::new(),
             files: vec![writer.finish().unwrap()],
         };

@@ -38,6 +38,8 @@ mod invalid_data;
 mod maintenance;
 /// Random streams, stops and batch sizes: the tables equal a naive model.
 mod model;
+/// Other engines append, delete, expire and branch meanwhile, and keep what they have done.
+mod neighbours;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.
@@ -48,6 +50,8 @@ mod plan;
 mod quality;
 /// Killed at random moments.
 mod random_kills;
+/// A lost checkpoint is rebuilt from the tables, and the pipeline goes on exactly once.
+mod recover;
 /// Records framed with a schema id, by a registry that may be away.
 mod registry;
 /// What is read back from Iceberg equals the documents, to the last digit and microsecond.

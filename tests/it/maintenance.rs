@@ -64,6 +64,7 @@ impl Stream {
         let commit = BatchCommit {
             marker: Marker { pipeline: "numbers".into(), batch, plan: format!("sha256:{batch}") },
             tables: BTreeMap::new(),
+            properties: BTreeMap::new(),
             summary: BTreeMap::new(),
             files: vec![writer.finish().unwrap()],
         };

@@ -47,6 +47,7 @@ fn many_small_commits() {
         let commit = BatchCommit {
             marker: Marker { pipeline: "numbers".into(), batch, plan: format!("sha256:{batch}") },
             tables: BTreeMap::new(),
+            properties: BTreeMap::new(),
             summary: BTreeMap::new(),
             files: vec![writer.finish().unwrap()],
         };

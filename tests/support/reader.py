@@ -147,6 +147,30 @@ def delete(request):
     opened.engine.dispose()
 
 
+def neighbour(request):
+    """What another engine does to a table: appends copies of rows under another topic, makes a branch and a tag, expires a snapshot."""
+    opened = catalog(request)
+    loaded = opened.load_table(request["table"])
+    rows = loaded.scan(limit=request["rows"]).to_arrow().slice(0, request["rows"])
+    position = rows.column_names.index("_kafka_topic")
+    field = rows.schema.field("_kafka_topic")
+    rows = rows.set_column(position, field, pa.array(["neighbour"] * rows.num_rows, field.type))
+    loaded.append(rows)
+    current = loaded.current_snapshot().snapshot_id
+    loaded.manage_snapshots().create_branch(current, "audit").create_tag(current, "kept").commit()
+    oldest = loaded.snapshots()[0].snapshot_id
+    loaded.maintenance.expire_snapshots().by_id(oldest).commit()
+    opened.engine.dispose()
+    return [current, oldest]
+
+
+def refs(request):
+    opened = catalog(request)
+    found = {name: ref.snapshot_id for name, ref in opened.load_table(request["table"]).refs().items()}
+    opened.engine.dispose()
+    return found
+
+
 def answer(connection, request):
     match request["op"]:
         case "query":
@@ -167,6 +191,10 @@ def answer(connection, request):
             return needed_files(request)
         case "delete":
             return delete(request)
+        case "neighbour":
+            return neighbour(request)
+        case "refs":
+            return refs(request)
         case "add_column":
             return add_column(request)
         case other:

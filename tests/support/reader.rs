@@ -208,6 +208,17 @@ impl Tables {
         self.of_table("delete", table, json!({"filter": filter}))
     }
 
+    /// Another engine appends so many rows under the topic `neighbour`, makes the branch `audit` and the tag `kept` of that, and
+    /// expires the oldest snapshot. Returns the snapshots: the new one, the expired one.
+    pub fn neighbour(&self, table: &str, rows: u64) -> (i64, i64) {
+        self.of_table("neighbour", table, json!({"rows": rows}))
+    }
+
+    /// Branches and tags.
+    pub fn refs(&self, table: &str) -> std::collections::BTreeMap<String, i64> {
+        self.of_table("refs", table, json!({}))
+    }
+
     /// Another engine adds a column of strings.
     pub fn add_column(&self, table: &str, column: &str, required: bool) {
         let request = json!({

@@ -404,7 +404,15 @@ mod tests {
         .unwrap();
         let marker = Marker { pipeline: "demo".into(), batch: 0, plan: "sha256:0".into() };
         let uuids = sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect();
-        sink.commit(&BatchCommit { marker, tables: uuids, summary: BTreeMap::new(), files }).await.unwrap();
+        sink.commit(&BatchCommit {
+            marker,
+            tables: uuids,
+            properties: BTreeMap::new(),
+            summary: BTreeMap::new(),
+            files,
+        })
+        .await
+        .unwrap();
 
         let found = tables.read_all().await.unwrap();
         assert_eq!(found.rows, [(0, 5), (1, 6)]);

@@ -50,6 +50,8 @@ pub struct BatchCommit {
     pub tables: BTreeMap<String, Uuid>,
     /// Goes into the summary of every new snapshot: offset ranges, watermark.
     pub summary: BTreeMap<String, String>,
+    /// What the batch sets in every table beside the marker.
+    pub properties: BTreeMap<String, String>,
     /// New data files, by table in the order of the specs.
     pub files: Vec<Vec<DataFile>>,
 }
@@ -187,8 +189,10 @@ impl Inner {
             let appended = self.append(table, &loaded.metadata, files, properties, &mut written).await;
             snapshot = Some(appended.map_err(failed)?);
         }
+        let mut properties: HashMap<String, String> = commit.properties.clone().into_iter().collect();
+        properties.insert(self.marker_property.clone(), marker);
         let change = TableChange::new(&table.name, loaded, |builder| {
-            let builder = builder.set_properties([(self.marker_property.clone(), marker)].into())?;
+            let builder = builder.set_properties(properties)?;
             match snapshot {
                 // Unlike setting the reference, this keeps the retention that the user gave the branch.
                 Some(snapshot) => builder.set_branch_snapshot(snapshot, MAIN_BRANCH),

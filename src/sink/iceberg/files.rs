@@ -478,6 +478,30 @@ pub fn writer_properties(
     builder.build()
 }
 
+/// Of the `write.parquet.*` properties those that act on the files.
+const PARQUET: [&str; 6] = [
+    "compression-codec",
+    "compression-level",
+    "row-group-size-bytes",
+    "page-size-bytes",
+    "page-row-limit",
+    "dict-size-bytes",
+];
+
+/// Properties of a table that say how files are to be written, and that Floe does not heed.
+pub(super) fn without_effect(properties: &HashMap<String, String>) -> Vec<&str> {
+    let has_none = |(name, value): (&String, &String)| match name.strip_prefix("write.parquet.") {
+        Some(parquet) => !PARQUET.contains(&parquet),
+        None if name == "write.format.default" => value != "parquet",
+        None if name == "write.object-storage.enabled" => value != "false",
+        None => name.starts_with("write.metadata.metrics."),
+    };
+    let mut found: Vec<&str> =
+        properties.iter().filter(|(name, value)| has_none((name, value))).map(|(name, _)| name.as_str()).collect();
+    found.sort_unstable();
+    found
+}
+
 fn compression(table: &str, properties: &HashMap<String, String>) -> Compression {
     let level = properties.get("write.parquet.compression-level").and_then(|level| level.parse().ok()).unwrap_or(1);
     let zstd = Compression::ZSTD(ZstdLevel::try_new(level).unwrap_or_default());

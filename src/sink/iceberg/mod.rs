@@ -22,6 +22,8 @@ mod storage;
 mod tests;
 #[cfg(test)]
 mod tests_order;
+#[cfg(test)]
+mod tests_properties;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -217,22 +219,30 @@ impl Inner {
     }
 
     fn others(&self, metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
-        let mut others: Vec<(Uuid, Marker)> = metadata
-            .properties()
-            .iter()
-            .filter_map(|(key, json)| {
-                let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok().filter(|id| *id != self.query_id)?;
-                Some((id, serde_json::from_str(json).ok()?))
-            })
-            .collect();
-        others.sort_by_key(|(id, _)| *id);
+        let mut others = markers(metadata);
+        others.retain(|(id, _)| *id != self.query_id);
         others
     }
+}
+
+/// Every query's marker.
+fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
+    let marker = |(key, json): (&String, &String)| {
+        let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok()?;
+        Some((id, serde_json::from_str(json).ok()?))
+    };
+    let mut markers: Vec<(Uuid, Marker)> = metadata.properties().iter().filter_map(marker).collect();
+    markers.sort_by_key(|(id, _)| *id);
+    markers
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
+    }
+    let ignored = files::without_effect(metadata.properties());
+    if !ignored.is_empty() {
+        tracing::warn!(table = %name, properties = ignored.join(", "), "table properties that floe does not heed when it writes files");
     }
     let files = FileLayout::of(&name, metadata, file_io)?;
     Ok(BoundTable { name, files: Arc::new(files) })

@@ -17,10 +17,12 @@ use iceberg::spec::{
 };
 use iceberg::table::Table;
 use iceberg::{NamespaceIdent, Runtime, TableIdent};
+use uuid::Uuid;
 
 use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName, iceberg_error};
 use super::storage::TableStorage;
-use super::{IcebergSink, sqlite};
+use super::{IcebergSink, Marker, sqlite};
+use crate::batch::BatchId;
 use crate::config::CatalogConfig;
 use crate::sink::Error;
 
@@ -57,6 +59,25 @@ impl PinnedTable {
 
     pub fn name(&self) -> String {
         self.name.to_string()
+    }
+
+    pub fn uuid(&self) -> Uuid {
+        self.loaded.metadata.uuid()
+    }
+
+    pub fn property(&self, name: &str) -> Option<&str> {
+        self.loaded.metadata.properties().get(name).map(String::as_str)
+    }
+
+    /// The queries that have written to the table, each with the last batch that the table has of it.
+    pub fn markers(&self) -> Vec<(Uuid, Marker)> {
+        super::markers(&self.loaded.metadata)
+    }
+
+    /// The snapshot that holds a batch's rows; none where it had none or the snapshot has expired.
+    pub fn snapshot_of(&self, query_id: Uuid, batch: BatchId) -> Option<i64> {
+        let property = super::marker_property(query_id);
+        super::commit::snapshot_of(&self.loaded.metadata, &property, batch).map(|s| s.snapshot_id())
     }
 
     pub fn has_column(&self, name: &str) -> bool {

@@ -108,6 +108,7 @@ pub(super) async fn batch_commit(sink: &IcebergSink, batch: BatchId, files: Vec<
     BatchCommit {
         marker: Marker { pipeline: "telemetry".into(), batch, plan: format!("sha256:{batch}") },
         tables: sink.load().await.unwrap().into_iter().map(|t| (t.name, t.uuid)).collect(),
+        properties: BTreeMap::new(),
         summary: [("floe.offsets".to_string(), "{}".to_string())].into(),
         files,
     }
