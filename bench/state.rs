@@ -9,7 +9,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use arrow::record_batch::RecordBatch;
 use floe::checkpoint::{Checkpoint, StateFile, StateKind};
 use floe::config::{OutputMode, TableConfig, WindowConfig};
-use floe::state::{Lane, Reader, StateStore, WindowQuery};
+use floe::state::{Lane, Numbers, Reader, StateStore, WindowQuery};
 use floe::window::Windowing;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
@@ -117,7 +117,7 @@ impl Bench {
         let runtime = Runtime::new().unwrap();
         let location = floe::storage::open(folder.path().to_str().unwrap()).unwrap();
         let checkpoint = Arc::new(runtime.block_on(Checkpoint::open(location, "bench")).unwrap());
-        let reader = Reader::new(checkpoint.clone(), runtime.handle().clone());
+        let reader = Reader::new(checkpoint.clone(), runtime.handle().clone(), Numbers::default());
         let queries = queries();
         Bench { _folder: folder, runtime, checkpoint, reader, queries, windows, groups, budget, batches: 0 }
     }

@@ -52,6 +52,11 @@ pub enum Error {
     )]
     ConfigChanged { batch: BatchId },
     #[error(
+        "the configuration has changed since batch {batch} in a way that the checkpoint cannot follow:\n{obstacles}\nNothing was \
+         read and no table was changed; `floe plan FILE` shows all changes"
+    )]
+    Changes { batch: BatchId, obstacles: String },
+    #[error(
         "{0}, and its on_fail is \"fail\". The batch is not committed and nothing is lost. Mend what writes the topic, \
          correct the expectation, or set its on_fail to \"dead_letter\", \"drop\" or \"warn\"; then start again"
     )]
@@ -117,6 +122,7 @@ impl Error {
             Error::Deadline { .. } => Kind::Indeterminate,
             Error::Cancelled | Error::Internal(_) | Error::Expired { .. } => Kind::Transient,
             Error::ConfigChanged { .. }
+            | Error::Changes { .. }
             | Error::Expectation(_)
             | Error::BreakerOpen { .. }
             | Error::DataLoss { .. }

@@ -1,8 +1,9 @@
 //! What a query and its operator tell each other through the checkpoint: `control/held-<batch>.json`, by the query, that it
-//! holds the batch back; `control/resume-<batch>.json`, by a person, that this very plan is to be committed nevertheless. And
-//! what a query tells its next attempt: `control/unknown-<batch>.json`, which schema ids the registry did not know.
+//! holds the batch back; `control/resume-<batch>.json`, by a person, that this very plan is to be committed nevertheless, and
+//! `control/drop-<batch>.json`, that the query may go on after this batch without the open windows of some tables. And what a
+//! query tells its next attempt: `control/unknown-<batch>.json`, which schema ids the registry did not know.
 //!
-//! Owns: the three files. Does not own: when a batch is held back, or what an unknown id means. Like every other file of a checkpoint they are created if
+//! Owns: the four files. Does not own: when a batch is held back, or what an unknown id means. Like every other file of a checkpoint they are created if
 //! absent and never edited; they go when the logs of their batch go.
 
 use std::collections::BTreeSet;
@@ -35,6 +36,13 @@ struct Unknown {
     batch: BatchId,
     plan_digest: String,
     schema_ids: BTreeSet<u32>,
+}
+
+/// The tables whose open windows need not be kept after the batch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Drop {
+    batch: BatchId,
+    tables: BTreeSet<String>,
 }
 
 fn name(kind: &str, batch: BatchId) -> String {
@@ -98,6 +106,29 @@ pub(super) async fn unknown_ids(
         }
         found => Ok(found.map(|(found, _)| found.schema_ids)),
     }
+}
+
+/// Of two people the first has said it: if it was about other tables, the second hears of it.
+pub(super) async fn agree_to_drop(files: &Files, batch: BatchId, tables: &BTreeSet<String>) -> Result<(), Error> {
+    let file = name("drop", batch);
+    let ours = Drop { batch, tables: tables.clone() };
+    if let Created::Theirs(bytes) = files.create(&file, &files.encode(&file, &ours)?).await? {
+        let found: Drop = files.decode(&file, &bytes)?;
+        if !tables.is_subset(&found.tables) {
+            let agreed: Vec<&str> = found.tables.iter().map(String::as_str).collect();
+            return Err(files.refused(format!(
+                "{file} is there and says that the open windows of {} may be dropped, and of no other table; delete that \
+                 file to agree to something else",
+                agreed.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn agreed_to_drop(files: &Files, batch: BatchId, tables: &BTreeSet<String>) -> Result<bool, Error> {
+    let found: Option<(Drop, _)> = files.read_json(&name("drop", batch)).await?;
+    Ok(found.is_some_and(|(found, _)| found.batch == batch && tables.is_subset(&found.tables)))
 }
 
 /// Files of batches before `keep_from`.

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::error::Error;
 use super::files::{Created, Files, digest, numbered};
 use super::state_files::StateFile;
+use super::windows::WindowStates;
 use crate::batch::{BatchId, MicroBatch};
+use crate::config::Definition;
 use crate::window::watermark::EventTimeProgress;
 
 /// A plan that is in the offset log.
@@ -88,6 +90,12 @@ pub struct CommitEntry {
     /// What each partition has shown so far; empty where there are no windows.
     #[serde(default, skip_serializing_if = "EventTimeProgress::is_empty")]
     pub event_times: EventTimeProgress,
+    /// By which numbers the state files know the windows.
+    #[serde(default, skip_serializing_if = "WindowStates::is_empty")]
+    pub windows: WindowStates,
+    /// What it was executed with.
+    #[serde(default, skip_serializing_if = "Definition::is_empty")]
+    pub definition: Definition,
     /// All files that make up the state after this batch.
     pub state: Vec<StateFile>,
     /// Snapshot of every table; `None` for one that the batch had nothing for.
@@ -214,6 +222,19 @@ async fn read_commit(files: &Files, batch: BatchId) -> Result<Option<CommitEntry
         return Err(files.damaged(&file, format!("it contains the commit of batch {}", commit.batch)));
     }
     Ok(Some(commit))
+}
+
+/// Batches in a row, ending with `newest`; those purged meanwhile end it.
+pub(super) async fn up_to(files: &Files, newest: BatchId) -> Result<Vec<(MicroBatch, CommitEntry)>, Error> {
+    let mut found = Vec::new();
+    for batch in (0..=newest).rev() {
+        let (Some(plan), Some(commit)) = (read_plan(files, batch).await?, read_commit(files, batch).await?) else {
+            break;
+        };
+        found.push((plan.plan, commit));
+    }
+    found.reverse();
+    Ok(found)
 }
 
 /// Step 2, the fence.

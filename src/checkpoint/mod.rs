@@ -4,10 +4,11 @@
 //! metadata.json          query id (UUID, for ever), format version, pipeline name
 //! owners/<epoch>.json    who runs this query; the highest epoch owns it
 //! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
-//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, state files that make up
-//!                        the state, snapshot ids, counts
+//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, settings, numbers of
+//!                        the windows, state files that make up the state, snapshot ids, counts
 //! state/<batch>-<attempt>.delta | -<part>.run
 //! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
+//! control/drop-<batch>.json                        state of windows that are no more may be dropped after this batch
 //! control/unknown-<batch>.json                     schema ids that the registry did not know, where there is one
 //! ```
 //!
@@ -52,6 +53,7 @@ mod probe;
 mod state_files;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -65,6 +67,7 @@ pub use error::Error;
 pub use logs::{CommitEntry, Counts, LoggedPlan, Recovered};
 pub use owners::Owner;
 pub use state_files::{StateFile, StateKind};
+pub use windows::{WindowState, WindowStates};
 
 use crate::batch::{BatchId, MicroBatch};
 use crate::storage::Location;
@@ -307,6 +310,20 @@ impl Checkpoint {
     /// What an earlier execution of this plan has logged.
     pub async fn unknown_ids(&self, batch: BatchId, plan_digest: &str) -> Result<Option<BTreeSet<u32>>, Error> {
         control::unknown_ids(&self.files, batch, plan_digest).await
+    }
+
+    /// A person agrees that the query goes on after `batch` without the open windows of these tables.
+    pub async fn agree_to_drop(&self, batch: BatchId, tables: &BTreeSet<String>) -> Result<(), Error> {
+        control::agree_to_drop(&self.files, batch, tables).await
+    }
+
+    pub async fn agreed_to_drop(&self, batch: BatchId, tables: &BTreeSet<String>) -> Result<bool, Error> {
+        control::agreed_to_drop(&self.files, batch, tables).await
+    }
+
+    /// The plans and commits that are still there, in a row, ending with `newest`.
+    pub async fn logs(&self, newest: BatchId) -> Result<Vec<(MicroBatch, CommitEntry)>, Error> {
+        logs::up_to(&self.files, newest).await
     }
 
     /// Bytes of all files.

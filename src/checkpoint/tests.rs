@@ -48,6 +48,8 @@ fn commit(plan: &LoggedPlan, state: &[StateFile]) -> CommitEntry {
         plan_digest: plan.digest.clone(),
         watermark_next_ms: Some(-1),
         event_times: EventTimeProgress::default(),
+        windows: WindowStates::default(),
+        definition: crate::config::Definition::default(),
         state: state.to_vec(),
         snapshots: [("ns.rows".to_string(), Some(i64::MAX)), ("ns.windows".to_string(), None)].into(),
         counts: Counts {

@@ -5,6 +5,7 @@ pub mod check;
 pub mod demo;
 pub mod dlq;
 pub mod maintain;
+pub mod plan;
 pub mod resume;
 pub mod run;
 pub mod state;
@@ -38,6 +39,18 @@ enum Command {
     Check(File),
     /// Commit the batch that the circuit breaker holds back, with its dead letters, and go on.
     Resume(File),
+    /// Say what has changed since the checkpoint was written, whether each change is safe, and whether `run` would go on (exit
+    /// code 0) or refuse (3).
+    Plan {
+        #[command(flatten)]
+        file: File,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+        /// Agree that the open windows of tables that were removed are dropped.
+        #[arg(long)]
+        apply: bool,
+    },
     /// Show the open windows of a pipeline, their groups and bytes, as the checkpoint has them.
     State(File),
     /// Expire snapshots, compact small files and remove orphans of a pipeline's tables, once, and say what was done.
@@ -127,6 +140,12 @@ impl Cli {
                 writeln!(std::io::stdout(), "{done}").map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Plan { file, json, apply } => {
+                crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
+                let plan = plan::plan(&load(&file.file)?, json, apply).await?;
+                writeln!(std::io::stdout(), "{}", plan.text).map_err(|e| Error::Other(e.to_string()))?;
+                Ok(if plan.goes_on { ExitCode::SUCCESS } else { ExitCode::from(3) })
+            }
             Command::State(File { file }) => {
                 crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
                 let text = state::state(&load(&file)?).await?;
@@ -189,6 +208,7 @@ mod tests {
             ("floe check pipeline.toml", true),
             ("floe resume pipeline.toml", true),
             ("floe state pipeline.toml", true),
+            ("floe plan pipeline.toml --json --apply", true),
             ("floe maintain pipeline.toml --dry-run", true),
             ("floe watermark pipeline.toml --json", true),
             ("floe demo --seconds 3", true),

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
-use crate::state::{self, Reader};
+use crate::state::{self, Numbers, Reader, WindowQuery};
 use crate::telemetry::rfc3339;
 use crate::window::UNSET_WATERMARK_MS;
 
@@ -33,8 +33,9 @@ pub async fn state(config: &Config) -> Result<String, Error> {
     let closes = evict_ms.map_or("no window is closed yet".to_string(), |ms| {
         format!("windows that end at or before {} are closed", rfc3339(ms))
     });
-    let reader = Reader::new(checkpoint, Handle::current());
-    let files = reader.open(&pipeline.queries, &commit.state).await.map_err(QueryError::from)?;
+    let numbers = Numbers::of(&commit.windows, pipeline.queries.iter().map(WindowQuery::table));
+    let reader = Reader::new(checkpoint, Handle::current(), numbers);
+    let files = reader.open(&commit.state).await.map_err(QueryError::from)?;
     let windows = state::open_windows(&files, evict_ms.unwrap_or(UNSET_WATERMARK_MS));
     let bytes: u64 = commit.state.iter().map(|f| f.bytes).sum();
     let mut text = format!(

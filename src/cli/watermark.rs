@@ -16,7 +16,7 @@ use crate::checkpoint::{Checkpoint, CommitEntry};
 use crate::config::{Config, EventTimeConfig};
 use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
-use crate::state::{self, Reader, WindowQuery};
+use crate::state::{self, Numbers, Reader, WindowQuery};
 use crate::telemetry::rfc3339;
 use crate::window::closed;
 use crate::window::watermark::{EventTimeProgress, WatermarkPolicy, decide};
@@ -38,7 +38,6 @@ pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> 
         )));
     }
     let checkpoint = Arc::new(Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?);
-    let reader = Reader::new(checkpoint.clone(), Handle::current());
     let mut tries = 1;
     let (plan, commit, open) = loop {
         let recovered = checkpoint.recover().await.map_err(QueryError::from)?;
@@ -48,7 +47,7 @@ pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> 
                 config.name
             )));
         };
-        match open_windows(&reader, recovered.commit.as_ref(), &plan.plan, &pipeline.queries).await {
+        match open_windows(&checkpoint, recovered.commit.as_ref(), &plan.plan, &pipeline.queries).await {
             Ok(open) => break (plan.plan, recovered.commit, open),
             Err(e) => {
                 // A running pipeline may have removed files that its newest batch replaces.
@@ -76,13 +75,15 @@ struct OpenWindow {
 type OpenWindows = Vec<(String, Vec<OpenWindow>)>;
 
 async fn open_windows(
-    reader: &Reader,
+    checkpoint: &Arc<Checkpoint>,
     commit: Option<&CommitEntry>,
     plan: &MicroBatch,
     queries: &[WindowQuery],
 ) -> Result<OpenWindows, QueryError> {
     let mut open: OpenWindows = queries.iter().map(|q| (q.table().to_string(), Vec::new())).collect();
-    let files = reader.open(queries, commit.map_or(&[], |c| &c.state)).await?;
+    let Some(commit) = commit else { return Ok(open) };
+    let numbers = Numbers::of(&commit.windows, queries.iter().map(WindowQuery::table));
+    let files = Reader::new(checkpoint.clone(), Handle::current(), numbers).open(&commit.state).await?;
     for window in state::open_windows(&files, plan.watermarks.evict()) {
         if let Some((_, open)) = open.get_mut(window.query) {
             open.push(OpenWindow { end_us: window.end_us, start_us: window.start_us });
@@ -417,6 +418,8 @@ mod tests {
                 ]
                 .into(),
             },
+            windows: Default::default(),
+            definition: Default::default(),
             state: Vec::new(),
             snapshots: BTreeMap::new(),
             counts: Counts::default(),

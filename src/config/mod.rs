@@ -7,6 +7,7 @@
 
 mod build;
 mod catalog;
+mod definition;
 mod document;
 mod error;
 pub mod expression;
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 pub use build::OWNED_PROPERTIES;
 pub use catalog::{CatalogConfig, RestAuth, RestConfig};
+pub use definition::{Definition, Difference};
 pub use error::{ConfigError, ConfigErrors, Place};
 pub use registry::RegistryConfig;
 

@@ -6,6 +6,7 @@
 //! Invariant: every failure that is not fatal takes the same road as a restart. What is in memory is dropped, the query
 //! backs off and recovers from the checkpoint.
 
+pub mod changes;
 mod compaction;
 mod hold;
 mod progress;
@@ -22,9 +23,9 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::batch::{self, BatchId, Gap, Limits, MicroBatch, OffsetRange, Offsets, TopicPartition, Watermarks};
-use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateFile, StateKind};
+use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateFile, StateKind, WindowStates};
 use crate::clock::{self, ClockMs};
-use crate::config::{Config, OnFail, StartingOffsets};
+use crate::config::{Config, Definition, OnFail, StartingOffsets};
 use crate::dead_letter::topic::DeadLetterTopic;
 use crate::decode::registry::BatchRegistry;
 use crate::error::{Error, Kind};
@@ -225,6 +226,8 @@ struct Session {
     /// The state after the last committed batch. Taken while a batch runs.
     state: Option<StateStore>,
     compaction: compaction::Background,
+    /// By which numbers the state files know the windows.
+    windows: WindowStates,
     last: Option<Last>,
     /// What each partition has shown up to the last committed batch.
     event_times: EventTimeProgress,
@@ -470,6 +473,8 @@ impl Session {
             plan_digest: digest,
             watermark_next_ms,
             event_times: progressed,
+            windows: self.windows.clone(),
+            definition: Definition::of(&query.config),
             state: state_files.clone(),
             snapshots: query.pipeline.tables.iter().map(|t| t.name.clone()).zip(committed.snapshots.clone()).collect(),
             counts: counts.clone(),

@@ -21,9 +21,9 @@ use uuid::Uuid;
 
 use super::blocking;
 use crate::batch::{BatchId, Offsets, TopicPartition};
-use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateKind};
+use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateKind, WindowStates};
 use crate::clock;
-use crate::config::Config;
+use crate::config::{Config, Definition};
 use crate::dead_letter::retry::{self, PLACE, Places};
 use crate::error::Error;
 use crate::pipeline::{MessageType, Pipeline};
@@ -146,12 +146,16 @@ pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
             snapshots.insert(name.clone(), table.and_then(|t| t.snapshot_of(query_id, logged.plan.batch)));
         }
         checkpoint.restore_plan(&logged).await?;
+        let queries = pipeline.queries.iter().map(|q| (q.table(), q.state_definition()));
         let entry = CommitEntry {
             batch: logged.plan.batch,
             epoch: logged.plan.epoch,
             plan_digest: logged.digest,
             watermark_next_ms: progress.watermark_next_ms,
             event_times: progress.event_times,
+            // The numbers of a new store: the queries in their order.
+            windows: WindowStates::default().with(queries),
+            definition: Definition::of(config),
             state,
             snapshots,
             counts: Counts::default(),

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::runtime::Handle;
 
+use super::changes::{self, Change};
 use super::{Last, Session, StreamingQuery, blocking, compaction, warn_of_gap};
 use crate::batch::{self, Gap, MicroBatch, Offsets, TopicPartition};
 use crate::checkpoint::{self, Checkpoint, LoggedPlan};
@@ -17,7 +18,7 @@ use crate::error::Error;
 use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
 use crate::source::Available;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
-use crate::state::{Reader, StateStore};
+use crate::state::{Numbers, Reader, StateStore, WindowQuery};
 use crate::window;
 
 impl Session {
@@ -38,6 +39,12 @@ impl Session {
         checkpoint.check_owner().await?;
         let recovered = checkpoint.recover().await?;
         let pipeline = query.pipeline.clone();
+        let changes = changes::assess(&config, &pipeline, &checkpoint, &recovered).await?;
+        changes.check()?;
+        for change in &changes.list {
+            let Change { subject, change, why, .. } = change;
+            tracing::info!(since_batch = changes.since, subject, change, why, "the configuration has changed");
+        }
         let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
         query.telemetry.guarantee(config.guarantee(Some(sink.commits_together())));
         let tables = sink.load().await?;
@@ -73,7 +80,8 @@ impl Session {
         let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
         let event_times = recovered.commit.as_ref().map(|c| c.event_times.clone()).unwrap_or_default();
         let (queries, workers) = (pipeline.queries.clone(), pipeline.workers);
-        let reader = Reader::new(checkpoint.clone(), Handle::current());
+        let numbers = Numbers::of(&changes.windows, queries.iter().map(WindowQuery::table));
+        let reader = Reader::new(checkpoint.clone(), Handle::current(), numbers);
         let budget = config.state.memory_budget_bytes;
         let files = state_files.clone();
         let state =
@@ -105,6 +113,7 @@ impl Session {
             source: Arc::new(Mutex::new(source)),
             state: Some(state),
             compaction: compaction::Background::default(),
+            windows: changes.windows,
             last,
             event_times,
             pending,

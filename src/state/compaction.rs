@@ -181,8 +181,8 @@ impl Output<'_> {
     }
 
     fn flush(&mut self) -> Result<(), Error> {
-        let Compaction { reader, queries, batch, attempt, .. } = self.compaction;
-        let run = std::mem::replace(&mut self.builder, Builder::new()).finish(queries);
+        let Compaction { reader, batch, attempt, .. } = self.compaction;
+        let run = std::mem::replace(&mut self.builder, Builder::new()).finish(reader.numbers());
         if run.groups == 0 {
             return Ok(());
         }

@@ -4,11 +4,11 @@
 //! "FLOESTAT" and zeros up to byte 64
 //! section*: message length u64  data length u64  message, padded  data, padded
 //! entry*:   query u32  shard bits u16  shard prefix u16  unit i64  end i64 (µs)  groups u64  offset u64  length u64  crc32 u32  0 u32
-//! trailer:  "FLOESTAT"  version u32  fingerprint u32  offset of the entries u64  entries u64  length of the file u64  crc32 u32  0 u32
+//! trailer:  "FLOESTAT"  version u32  0 u32  offset of the entries u64  entries u64  length of the file u64  crc32 u32  0 u32
 //! ```
 //!
 //! Message and data are an Arrow IPC record batch: the keys, then the states of the aggregates. Its schema is not in the
-//! file: the fingerprint says which window queries it belongs to. An entry stands for one section or for several of one unit
+//! file, nor what `query` is: the commit log gives every window query a number ([`Numbers`]). An entry stands for one section or for several of one unit
 //! and shard; entries are ordered by query and unit, and sections of one unit merge in file order. The trailer's checksum
 //! is over entries and trailer, an entry's over its sections, so that every byte that is read is checked and any part can be
 //! read alone.
@@ -24,7 +24,8 @@ use arrow::ipc::writer::{DictionaryTracker, EncodedData, IpcDataGenerator, IpcWr
 use bytes::Bytes;
 
 use super::groups::Partial;
-use super::query::{WindowQuery, fingerprint};
+use super::numbers::Numbers;
+use super::query::WindowQuery;
 use super::shard::Shard;
 use super::{Delta, Error, Unit};
 use crate::transform::sql;
@@ -142,7 +143,7 @@ impl Builder {
         self.entries.push(Entry { offset, ..*entry });
     }
 
-    pub fn finish(self, queries: &[WindowQuery]) -> Delta {
+    pub fn finish(self, numbers: &Numbers) -> Delta {
         let Builder { mut bytes, mut entries } = self;
         for entry in &mut entries {
             let sections = (entry.offset as usize)..((entry.offset + entry.length) as usize);
@@ -150,7 +151,7 @@ impl Builder {
         }
         let at = bytes.len();
         for entry in &entries {
-            bytes.extend_from_slice(&(entry.unit.query).to_le_bytes());
+            bytes.extend_from_slice(&numbers.number(entry.unit.query).to_le_bytes());
             bytes.extend_from_slice(&u16::from(entry.shard.bits).to_le_bytes());
             bytes.extend_from_slice(&entry.shard.prefix.to_le_bytes());
             bytes.extend_from_slice(&entry.unit.key.to_le_bytes());
@@ -162,7 +163,7 @@ impl Builder {
         let length = (bytes.len() + TRAILER) as u64;
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&fingerprint(queries).to_le_bytes());
+        bytes.extend_from_slice(&0u32.to_le_bytes());
         for number in [at as u64, entries.len() as u64, length] {
             bytes.extend_from_slice(&number.to_le_bytes());
         }
@@ -183,7 +184,6 @@ fn pad(bytes: &mut Vec<u8>) {
 
 /// What the trailer of a file says, once `tail`, its last bytes, has been found to hold it.
 pub(super) struct Trailer {
-    fingerprint: u32,
     /// Where the entries begin: the tail has to reach back to it for [`Trailer::index`].
     pub entries_at: u64,
     entries: u64,
@@ -206,18 +206,18 @@ pub(super) fn trailer(file: &str, tail: &[u8]) -> Result<Trailer, Error> {
     }
     let ends = "it ends within its last bytes";
     let version = reader.u32().ok_or_else(|| damaged(ends))?;
-    let fingerprint = reader.u32().ok_or_else(|| damaged(ends))?;
+    reader.u32().ok_or_else(|| damaged(ends))?;
     let [entries_at, entries, length, crc32] = reader.u64s().ok_or_else(|| damaged(ends))?;
     if version != VERSION {
         return Err(damaged(&format!("it has format version {version}, this program reads {VERSION}")));
     }
     let Ok(crc32) = u32::try_from(crc32) else { return Err(damaged("its last bytes are not zero")) };
-    Ok(Trailer { fingerprint, entries_at, entries, length, crc32 })
+    Ok(Trailer { entries_at, entries, length, crc32 })
 }
 
 impl Trailer {
     /// Checks entries and trailer, with `tail` from [`Trailer::entries_at`] to the end of the file.
-    pub fn index(&self, queries: &[WindowQuery], file: &str, tail: &[u8], size: u64) -> Result<Index, Error> {
+    pub fn index(&self, numbers: &Numbers, file: &str, tail: &[u8], size: u64) -> Result<Index, Error> {
         let damaged = |problem: String| Error::Damaged { file: file.to_string(), problem };
         if self.length != size {
             return Err(damaged(format!("it has {size} bytes and should have {}", self.length)));
@@ -227,18 +227,21 @@ impl Trailer {
         if computed != self.crc32 {
             return Err(damaged(format!("the checksum of its index does not match (computed {computed:08x})")));
         }
-        let expected = fingerprint(queries);
-        if self.fingerprint != expected {
-            return Err(Error::OtherQueries { file: file.to_string(), found: self.fingerprint, expected });
-        }
         let mut reader = Reader { rest: tail.get(..tail.len().saturating_sub(TRAILER)).unwrap_or_default() };
         let mut entries = Vec::with_capacity(reader.rest.len() / ENTRY);
-        while let Some(entry) = reader.entry() {
+        let mut found = 0;
+        while let Some(mut entry) = reader.entry() {
+            found += 1;
+            // State whose window was taken out, or became another one, is nobody's.
+            let Some(query) = numbers.query(entry.unit.query) else { continue };
+            entry.unit.query = query;
             entries.push(entry);
         }
-        if !reader.rest.is_empty() || entries.len() as u64 != self.entries {
-            return Err(damaged(format!("it has {} entries and should have {}", entries.len(), self.entries)));
+        if !reader.rest.is_empty() || found != self.entries {
+            return Err(damaged(format!("it has {found} entries and should have {}", self.entries)));
         }
+        // The queries may have another order than when the file was written; sections of one unit keep theirs.
+        entries.sort_by_key(|entry| entry.unit);
         Ok(Index { entries, crc32: self.crc32 })
     }
 }

@@ -17,6 +17,7 @@ mod file;
 mod groups;
 mod lane;
 mod late;
+mod numbers;
 mod query;
 mod residence;
 mod session_lane;
@@ -51,6 +52,7 @@ pub use closed::{ClosedWindow, Closing};
 pub use compaction::{Compacted, Compaction};
 pub use lane::Lane;
 pub use late::LateRows;
+pub use numbers::Numbers;
 pub use query::{REVISION, WindowQuery};
 pub use stored::{LiveFile, Reader, StoredWindowStats, open_windows};
 
@@ -61,11 +63,6 @@ const SECTION_GROUPS: u64 = if cfg!(test) { 16 } else { 16 * 1024 };
 pub enum Error {
     #[error("state file {file} is damaged: {problem}; restore it from a copy of the checkpoint")]
     Damaged { file: String, problem: String },
-    #[error(
-        "state file {file} was written for other windows (fingerprint {found:08x}, this configuration has {expected:08x}): size, \
-         slide, start, time_zone, filter, group_by or aggregates of [[windows]] have changed; undo the change or start over with a new checkpoint"
-    )]
-    OtherQueries { file: String, found: u32, expected: u32 },
     #[error("window table {table}: its state cannot be read, though its checksum is right: {what}; report this")]
     Undecodable { table: String, what: String },
     #[error(transparent)]
@@ -280,7 +277,11 @@ impl StateStore {
             }
         }
         self.closed_ms = evict_ms;
-        Ok(builder.finish(&self.queries))
+        Ok(builder.finish(&self.numbers()))
+    }
+
+    fn numbers(&self) -> Numbers {
+        self.residence.as_ref().map(|r| r.reader.numbers().clone()).unwrap_or_default()
     }
 
     /// Removes the windows that `evict_ms` closes and hands them out, by query and time. Of a query in update mode it hands out

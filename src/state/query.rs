@@ -247,13 +247,3 @@ impl Key {
         Ok((Key { sql, field: Field::new(name, data_type, nullable) }, scope.physical(&typed)?))
     }
 }
-
-/// Identifies the windows that a state belongs to.
-pub(super) fn fingerprint(queries: &[WindowQuery]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    for query in queries {
-        hasher.update(query.definition.as_bytes());
-        hasher.update(b"\n");
-    }
-    hasher.finalize()
-}

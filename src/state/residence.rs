@@ -39,7 +39,7 @@ impl StateStore {
         budget_bytes: u64,
         workers: usize,
     ) -> Result<StateStore, Error> {
-        let files = reader.block_on(reader.open(&queries, files))?;
+        let files = reader.block_on(reader.open(files))?;
         let residence = Residence { reader, budget_bytes, share: (budget_bytes / 32).clamp(1 << 20, 32 << 20) };
         let extents = stored::extents(&files, evict_ms);
         let is_session = |unit: &Unit| queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);

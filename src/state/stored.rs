@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 
 use super::file::{self, Entry, Index, Sections};
 use super::groups::Partial;
+use super::numbers::Numbers;
 use super::query::WindowQuery;
 use super::shard::{self, Shard};
 use super::table::Table;
@@ -37,6 +38,7 @@ pub struct LiveFile {
 pub struct Reader {
     checkpoint: Arc<Checkpoint>,
     runtime: Handle,
+    numbers: Numbers,
 }
 
 /// What the files have of a unit.
@@ -62,12 +64,22 @@ pub(super) struct Span {
 }
 
 impl Reader {
-    pub fn new(checkpoint: Arc<Checkpoint>, runtime: Handle) -> Reader {
-        Reader { checkpoint, runtime }
+    /// `numbers` are those of the queries that everything read is for.
+    pub fn new(checkpoint: Arc<Checkpoint>, runtime: Handle, numbers: Numbers) -> Reader {
+        Reader { checkpoint, runtime, numbers }
+    }
+
+    pub(super) fn numbers(&self) -> &Numbers {
+        &self.numbers
     }
 
     pub(super) fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
+    }
+
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> Arc<Checkpoint> {
+        self.checkpoint.clone()
     }
 
     pub(super) fn block_on<T>(&self, work: impl Future<Output = T>) -> T {
@@ -79,12 +91,12 @@ impl Reader {
     }
 
     /// Reads the indexes of files: any that is missing, cut short or not what the commit log says is named.
-    pub async fn open(&self, queries: &[WindowQuery], files: &[StateFile]) -> Result<Vec<LiveFile>, Error> {
-        let open = files.iter().map(|file| self.open_one(queries, file));
+    pub async fn open(&self, files: &[StateFile]) -> Result<Vec<LiveFile>, Error> {
+        let open = files.iter().map(|file| self.open_one(file));
         futures::stream::iter(open).buffered(CONCURRENT_READS).try_collect().await
     }
 
-    async fn open_one(&self, queries: &[WindowQuery], file: &StateFile) -> Result<LiveFile, Error> {
+    async fn open_one(&self, file: &StateFile) -> Result<LiveFile, Error> {
         let name = self.name(file);
         let mut tail = self.checkpoint.open_state(file, TAIL).await?;
         let trailer = file::trailer(&name, &tail)?;
@@ -93,7 +105,7 @@ impl Reader {
             tail = self.checkpoint.open_state(file, needed).await?;
         }
         let from = tail.len().saturating_sub(needed as usize);
-        let index = trailer.index(queries, &name, tail.get(from..).unwrap_or_default(), file.bytes)?;
+        let index = trailer.index(&self.numbers, &name, tail.get(from..).unwrap_or_default(), file.bytes)?;
         if index.crc32 != file.crc32 {
             let problem = "it is sound but not the file that the commit log names: the two are from different copies";
             return Err(Error::Damaged { file: name, problem: problem.to_string() });

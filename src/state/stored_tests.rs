@@ -13,8 +13,8 @@ use uuid::Uuid;
 use super::tests::{ALL, MINUTE, batch, canonical, close, config, lane, queries, stream};
 use super::tests_sessions::sessions;
 use super::*;
-use crate::checkpoint::{Checkpoint, StateKind};
-use crate::config::OutputMode;
+use crate::checkpoint::{Checkpoint, StateKind, WindowStates};
+use crate::config::{OutputMode, WindowConfig};
 use crate::storage::Location;
 
 /// A query's durable side: files, what the newest commit names, the watermark.
@@ -34,7 +34,7 @@ impl Disk {
         let location =
             Location { store: Arc::new(InMemory::new()), prefix: Path::from("ck"), url: "memory:///ck".into() };
         let checkpoint = Arc::new(runtime.block_on(Checkpoint::open(location.clone(), "p")).unwrap());
-        let reader = Reader::new(checkpoint, runtime.handle().clone());
+        let reader = Reader::new(checkpoint, runtime.handle().clone(), Numbers::default());
         Disk { runtime, location, reader, queries, batch: 0, evict_ms: 0, committed: Vec::new() }
     }
 
@@ -279,16 +279,55 @@ fn damage_is_named() {
     disk.recover(0).unwrap();
 }
 
+/// State goes by number and not by place: in another order it is the same, and what was taken out does not come back.
 #[test]
-fn files_of_other_queries_are_refused() {
-    let mut disk = Disk::new(queries(&[config(MINUTE as u64, &["device"], &ALL[..4])]));
-    let mut store = disk.recover(0).unwrap();
-    disk.run(&mut store, vec![lane(&disk.queries.clone(), &[stream(1, 9)], 0)], 0);
-    for other in [config(MINUTE as u64, &["device"], &ALL[..3]), config(MINUTE as u64 + 1, &["device"], &ALL[..4])] {
-        disk.queries = queries(&[other]);
-        let error = disk.recover(0).err().unwrap();
-        assert!(matches!(error, Error::OtherQueries { .. }), "{error}");
+fn state_follows_its_number() {
+    let of = |table: &str, minutes: u64| {
+        let mut config = config(minutes * MINUTE as u64, &["device"], &ALL[..4]);
+        config.table.table = format!("t.{table}");
+        config
+    };
+    let (a, b) = (of("a", 1), of("b", 5));
+    let mut disk = Disk::new(queries(&[a.clone(), b.clone()]));
+    let mut states = WindowStates::default();
+    let mut number = |disk: &mut Disk, configs: &[WindowConfig]| {
+        disk.queries = queries(configs);
+        states = states.with(disk.queries.iter().map(|q| (q.table(), q.state_definition())));
+        let numbers = Numbers::of(&states, disk.queries.iter().map(WindowQuery::table));
+        disk.reader = Reader::new(disk.reader.shared(), disk.runtime.handle().clone(), numbers);
+    };
+    let open = |disk: &Disk| {
+        let store = disk.recover(u64::MAX / 8).unwrap();
+        disk.queries.iter().map(|q| q.table().to_string()).zip(store.stats().queries).collect::<Vec<_>>()
+    };
+    number(&mut disk, &[a.clone(), b.clone()]);
+    let mut store = disk.recover(u64::MAX / 8).unwrap();
+    for n in 0..3 {
+        let lane = lane(&disk.queries.clone(), &[stream(n, 50)], 0);
+        disk.run(&mut store, vec![lane], 0);
     }
+    let before = open(&disk);
+    assert!(before.iter().all(|(_, stats)| stats.open_windows > 0));
+
+    number(&mut disk, &[b.clone(), a.clone()]);
+    let mut reordered = open(&disk);
+    reordered.reverse();
+    assert_eq!(reordered, before);
+    let mut store = disk.recover(0).unwrap();
+    let lane_of_b_a = lane(&disk.queries.clone(), &[stream(9, 50)], 0);
+    disk.run(&mut store, vec![lane_of_b_a], 0);
+    let compacted = disk.compact(&store).unwrap();
+    store.adopt(compacted);
+    disk.committed = store.files();
+    let both = open(&disk);
+
+    number(&mut disk, std::slice::from_ref(&a));
+    assert_eq!(open(&disk), both[1..]);
+    number(&mut disk, &[a.clone(), b.clone()]);
+    let again = open(&disk);
+    assert_eq!((&again[0], again[1].1.open_windows), (&both[1], 0), "what was taken out stays out");
+    number(&mut disk, &[of("a", 2)]);
+    assert_eq!(open(&disk)[0].1.open_windows, 0, "other windows are not the same state");
 }
 
 /// Files tell what is in them by these hashes: another release must find the same.

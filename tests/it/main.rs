@@ -24,6 +24,8 @@ mod dead_letter_topic;
 mod demo;
 /// Dead letters listed, shown and tried again: each becomes a row once, whatever is killed and whoever commits meanwhile.
 mod dlq;
+/// Nulls, NaN, overflow, times at the ends of the range, no rows at all; a million groups and a hot key.
+mod edges;
 /// A new version of the schema: tables follow where they can, and a start is refused where they cannot.
 mod evolution;
 /// Killed at every step of the protocol, each offset is in the tables once.
@@ -34,12 +36,16 @@ mod harness;
 mod invalid_data;
 /// Snapshots expire, small files are compacted, orphans go; whatever is killed meanwhile, and whoever else writes.
 mod maintenance;
+/// Random streams, stops and batch sizes: the tables equal a naive model.
+mod model;
 /// Other engines append, delete, expire and branch meanwhile, and keep what they have done.
 mod neighbours;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.
 mod ownership;
+/// The pipeline changes over its checkpoint: `floe plan` says what that comes to, and `floe run` does as it said.
+mod plan;
 /// Expectations on rows; too many refused records hold a batch back.
 mod quality;
 /// Killed at random moments.

@@ -125,6 +125,18 @@ impl Pipeline {
         self
     }
 
+    /// One more window before all others.
+    pub fn insert_window(&mut self, text: &str) -> &mut Self {
+        let window: Table = text.parse().expect("window");
+        self.config["windows"].as_array_mut().expect("windows").insert(0, window.into());
+        self
+    }
+
+    pub fn remove_window(&mut self, table: &str) -> &mut Self {
+        self.config["windows"].as_array_mut().expect("windows").retain(|w| w["table"].as_str() != Some(table));
+        self
+    }
+
     pub fn remove(&mut self, section: &str) -> &mut Self {
         self.config.remove(section);
         self
@@ -242,6 +254,17 @@ impl Pipeline {
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_str(&text).expect("one JSON object")
+    }
+
+    /// `floe plan --json`, whether a run would go on, and what is said of each change.
+    pub fn plan(&self, more: &[&str]) -> Value {
+        let output = self.command().args(["plan", "--json"]).args(more).arg(self.config_file()).output().expect("floe");
+        let text = String::from_utf8_lossy(&output.stdout);
+        let shown = || format!("{text}{}", String::from_utf8_lossy(&output.stderr));
+        let plan: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {}", shown()));
+        let code = if plan["goes_on"].as_bool() == Some(true) { 0 } else { 3 };
+        assert_eq!(output.status.code(), Some(code), "{}", shown());
+        plan
     }
 
     /// `floe check` to its end.
