@@ -152,15 +152,15 @@ fn write_page(out: &mut String, query: &super::Shared, health: &Health, now_ms: 
     }
     write!(
         out,
-        "<h2>Last batches</h2><table><tr><th>batch<th>trigger<th>records<th>rows<th>dead<th>late<th>lag<th>seconds<th>records/s</tr>"
+        "<h2>Last batches</h2><table><tr><th>batch<th>trigger<th>records<th>rows<th>filtered<th>dropped<th>dead<th>late<th>lag<th>seconds<th>records/s</tr>"
     )?;
     for b in health.batches.iter().rev() {
         let (time, dead, late, lag) = (escape(&b.timestamp), b.dead_letters(), b.late(), b.lag());
         let seconds = b.batch_duration_ms as f64 / 1000.0;
         write!(
             out,
-            "<tr><td>{}<td>{time}<td>{}<td>{}<td>{dead}<td>{late}",
-            b.batch_id, b.counts.records, b.counts.rows
+            "<tr><td>{}<td>{time}<td>{}<td>{}<td>{}<td>{}<td>{dead}<td>{late}",
+            b.batch_id, b.counts.records, b.counts.rows, b.counts.filtered, b.counts.dropped
         )?;
         write!(out, "<td>{lag}<td>{seconds:.3}<td>{:.0}</tr>", b.processed_rows_per_second)?;
     }
@@ -244,6 +244,7 @@ mod tests {
                 offsets: 100,
                 records: 100,
                 rows: 98,
+                dropped: 7,
                 dead_letters: [("wrong_type".to_string(), 2)].into(),
                 late: [("http.minutes".to_string(), 3)].into(),
                 ..Default::default()
@@ -311,6 +312,8 @@ mod tests {
         assert_eq!(status, 200);
         assert!(html.contains("&lt;b&gt;pipe") && !html.contains("<b>pipe"), "{html}");
         assert!(html.contains("catalog &lt;locked&gt;") && html.contains("http.events"));
+        // Records, rows, filtered, dropped, dead letters, late.
+        assert!(html.contains("<td>100<td>98<td>0<td>7<td>2<td>3"), "{html}");
 
         stop.send(true).unwrap();
         while telemetry.not_ready().is_none() {
