@@ -246,6 +246,9 @@ fn a_catalog_that_refuses_properties_gets_a_tag() {
         assert!(metadata.contains("\"floe-"), "{metadata}");
     }
     pipeline.check().expect_code(0).expect_output(&["no custom properties here", "a tag on the last snapshot"]);
+    // The tag tells a lost checkpoint as well as the property does.
+    fs::remove_dir_all(pipeline.checkpoint()).unwrap();
+    pipeline.spawn().wait().expect_code(3).expect_output(&["checkpoint"]);
 }
 
 #[test]
@@ -267,6 +270,29 @@ fn a_table_evolves() {
     everything_once(&pipeline);
     let columns = pipeline.tables().table(ROWS).columns;
     assert!(columns.iter().any(|(name, kind, _)| name == "firmware" && kind == "string"), "{columns:?}");
+}
+
+#[test]
+fn tables_are_maintained() {
+    let _turn = turn();
+    let server = RestServer::start();
+    let mut pipeline = pipeline(&server.uri, &server);
+    pipeline
+        .set("source.max_offsets_per_trigger", 200)
+        .set("maintenance.enabled", false)
+        .set("maintenance.max_snapshots", 3)
+        .set("maintenance.compact_min_files", 4);
+    pipeline.run();
+    let before = pipeline.tables().table(ROWS);
+    assert!(before.snapshots.len() > 10, "{}", before.snapshots.len());
+    pipeline.maintain(&[]).expect_code(0);
+    let after = pipeline.tables().table(ROWS);
+    assert!(after.snapshots.len() <= 5, "{}", after.snapshots.len());
+    assert!(after.snapshots.iter().any(|s| s.summary.contains_key("deleted-data-files")), "{:?}", after.snapshots);
+    everything_once(&pipeline);
+    pipeline.set("maintenance.enabled", true);
+    pipeline.run();
+    everything_once(&pipeline);
 }
 
 #[test]

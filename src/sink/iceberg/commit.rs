@@ -53,6 +53,10 @@ pub fn marker_property(query_id: Uuid) -> String {
     format!("floe.{query_id}")
 }
 
+pub fn marker_tag(query_id: Uuid) -> String {
+    format!("floe-{query_id}")
+}
+
 #[derive(Clone, Debug)]
 pub struct BatchCommit {
     pub marker: Marker,
@@ -172,7 +176,7 @@ impl Inner {
     }
 
     fn carried(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<(Carrier, Marker)>, Error> {
-        let tagged = metadata.snapshot_for_ref(&self.marker_tag());
+        let tagged = metadata.snapshot_for_ref(&marker_tag(self.query_id));
         let of_tag = tagged.and_then(|snapshot| snapshot.summary().additional_properties.get(&self.marker_property));
         let of_property = metadata.properties().get(&self.marker_property);
         let mut newest: Option<(Carrier, Marker)> = None;
@@ -191,10 +195,6 @@ impl Inner {
         Ok(newest)
     }
 
-    fn marker_tag(&self) -> String {
-        format!("floe-{}", self.query_id)
-    }
-
     /// What carries the marker; tried out the first time that a table gets one from this query.
     async fn carrier(&self, table: &TableName, metadata: &TableMetadata) -> Result<Carrier, Error> {
         if let Some((carrier, _)) = self.carried(table, metadata)? {
@@ -210,7 +210,7 @@ impl Inner {
         let carrier = match probe::properties(self.catalog.as_ref(), table).await? {
             probe::Properties::Kept => Carrier::Property,
             probe::Properties::Refused(why) => {
-                let tag = self.marker_tag();
+                let tag = marker_tag(self.query_id);
                 tracing::warn!(table = %table, why, tag, "the catalog keeps no property of Floe's; a tag carries the marker");
                 Carrier::Tag
             }
@@ -287,7 +287,8 @@ impl Inner {
                 builder = builder.set_branch_snapshot(snapshot, MAIN_BRANCH)?;
                 if carrier == Carrier::Tag {
                     let retention = SnapshotRetention::Tag { max_ref_age_ms: None };
-                    builder = builder.set_ref(&self.marker_tag(), SnapshotReference { snapshot_id, retention })?;
+                    builder =
+                        builder.set_ref(&marker_tag(self.query_id), SnapshotReference { snapshot_id, retention })?;
                 }
             }
             Ok(builder)
