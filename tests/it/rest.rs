@@ -224,15 +224,19 @@ fn a_stale_process_commits_late() {
     }
 }
 
+fn refuse_properties(request: &Request) -> Fault {
+    match request.body.contains("\"set-properties\"") {
+        true => Fault::Refuse(403, "no custom properties here".into()),
+        false => Fault::Pass,
+    }
+}
+
 /// A catalog that takes no properties gets a tag.
 #[test]
 fn a_catalog_that_refuses_properties_gets_a_tag() {
     let _turn = turn();
     let server = RestServer::start();
-    let proxy = Proxy::start(&server.address, |request| match request.body.contains("\"set-properties\"") {
-        true => Fault::Refuse(403, "no custom properties here".into()),
-        false => Fault::Pass,
-    });
+    let proxy = Proxy::start(&server.address, refuse_properties);
     let pipeline = pipeline(&proxy.uri, &server);
     for step in ["commit.committed", "commit_log.after_put"] {
         pipeline.run_failing(&format!("{step}:kill")).expect_killed();
@@ -244,11 +248,29 @@ fn a_catalog_that_refuses_properties_gets_a_tag() {
         assert!(table.properties.keys().all(|key| !key.starts_with("floe.")), "{:?}", table.properties);
         let metadata = fs::read_to_string(table.metadata_location.trim_start_matches("file:")).unwrap();
         assert!(metadata.contains("\"floe-"), "{metadata}");
+        let newest = table.snapshots.last().unwrap();
+        assert!(newest.summary.contains_key("floe.valid-through"), "{:?}", newest.summary);
     }
     pipeline.check().expect_code(0).expect_output(&["no custom properties here", "a tag on the last snapshot"]);
-    // The tag tells a lost checkpoint as well as the property does.
-    fs::remove_dir_all(pipeline.checkpoint()).unwrap();
-    pipeline.spawn().wait().expect_code(3).expect_output(&["checkpoint"]);
+}
+
+/// What a batch leaves for readers and for a lost checkpoint is with the tag then.
+#[test]
+fn a_checkpoint_is_rebuilt_by_the_tag() {
+    let _turn = turn();
+    let server = RestServer::start();
+    let proxy = Proxy::start(&server.address, refuse_properties);
+    let pipeline = pipeline(&proxy.uri, &server);
+    for step in ["commit.committed:kill:2", "tidy:kill:2"] {
+        pipeline.run_failing(step).expect_killed();
+        fs::remove_dir_all(pipeline.checkpoint()).unwrap();
+        // The tag tells a lost checkpoint as well as the property does.
+        pipeline.spawn().wait().expect_code(3).expect_output(&["floe recover --from-table"]);
+        let _ = fs::remove_dir_all(pipeline.checkpoint());
+        pipeline.floe(&["recover", "--from-table"]).expect_code(0).expect_output(&["done: up to batch"]);
+    }
+    pipeline.run();
+    everything_once(&pipeline);
 }
 
 #[test]
