@@ -201,7 +201,7 @@ impl Column {
     }
 
     /// Reads the value that `scanner` stands on, checks it and appends it. `depth` objects and lists are around it.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, field: &Field, scanner: &mut Scanner<'_>, depth: u32, scratch: &mut Vec<u8>) -> Scan<()> {
         let at = scanner.at;
         let text = scanner.text();
@@ -267,7 +267,7 @@ impl Column {
                 self.push_null();
                 return Ok(());
             }
-            _ => self.push_other(field, scanner, depth, scratch)?,
+            _ => scanner.apart(|scanner| self.push_other(field, scanner, depth, scratch))?,
         }
         self.validity.append_non_null();
         self.len += 1;

@@ -86,8 +86,10 @@ impl Decoder {
         let mut open = self.extra.is_some().then(|| Column::text(capacity));
         let mut records = Vec::with_capacity(capacity);
         let mut rejected = Vec::new();
+        // Most are, and it is found out several times faster of all of them at once.
+        let ascii = chunk.data.is_ascii();
         for record in 0..chunk.records.len() as u32 {
-            match self.record(&schema, chunk.value(record as usize), &mut columns, records.len()) {
+            match self.record(&schema, chunk.value(record as usize), ascii, &mut columns, records.len()) {
                 Ok(()) => {
                     records.push(record);
                     if let (Some(column), Some(members)) = (&mut open, &mut self.extra) {
@@ -111,8 +113,15 @@ impl Decoder {
 
     /// Appends one row to all columns, or fails and leaves some of them longer than `rows`.
     #[inline]
-    fn record(&mut self, schema: &Schema, payload: Option<&[u8]>, columns: &mut [Column], rows: usize) -> Scan<()> {
-        let payload = readable(payload)?;
+    fn record(
+        &mut self,
+        schema: &Schema,
+        payload: Option<&[u8]>,
+        ascii: bool,
+        columns: &mut [Column],
+        rows: usize,
+    ) -> Scan<()> {
+        let payload = readable(payload, ascii)?;
         self.document(schema, payload, columns, rows).map_err(|fault| fault.most_basic(payload))?;
         if let Some(validator) = &schema.validator {
             let document = whole::read(payload)?;
@@ -123,7 +132,7 @@ impl Decoder {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn document(&mut self, schema: &Schema, text: &[u8], columns: &mut [Column], rows: usize) -> Scan<()> {
         let mut scanner = Scanner::new(text);
         scanner.skip_whitespace();
@@ -140,14 +149,14 @@ impl Decoder {
     }
 }
 
-/// The payload as text.
+/// The payload as text; `ascii`: it is known to be.
 #[inline]
-fn readable(payload: Option<&[u8]>) -> Scan<&[u8]> {
+fn readable(payload: Option<&[u8]>, ascii: bool) -> Scan<&[u8]> {
     let Some(payload) = payload else {
         return Err(Fault::new(Reason::NullValue, "$", "the record has no value (a tombstone)"));
     };
-    // Most payloads are ASCII, which is checked several times faster.
-    if !payload.is_ascii()
+    if !ascii
+        && !payload.is_ascii()
         && let Err(e) = std::str::from_utf8(payload)
     {
         let message = format!("byte {} is not valid UTF-8", e.valid_up_to());

@@ -81,7 +81,7 @@ impl Router {
     }
 
     fn type_of(&self, payload: Option<&[u8]>, candidates: &[(usize, &When)], scratch: &mut Vec<u8>) -> Scan<usize> {
-        let payload = readable(payload)?;
+        let payload = readable(payload, false)?;
         let document = match schema_id(payload) {
             Some(_) if self.registry => payload.get(LENGTH as usize..).unwrap_or_default(),
             _ => payload,

@@ -12,6 +12,9 @@ use super::fault::{Fault, Scan};
 /// Objects and lists inside one another, the document itself included.
 pub const MAX_DEPTH: u32 = 128;
 
+/// Small, and never lent to what is not inlined ([`Scanner::apart`]): so the position is in a register, and reading goes on from it
+/// without a way through memory.
+#[derive(Clone, Copy)]
 pub struct Scanner<'a> {
     bytes: &'a [u8],
     pub at: usize,
@@ -41,28 +44,43 @@ impl<'a> Scanner<'a> {
         Scanner { bytes: text, at: 0 }
     }
 
-    #[inline]
+    /// Has `work` go on with a copy, for what is not inlined.
+    #[inline(always)]
+    pub fn apart<T>(&mut self, work: impl FnOnce(&mut Scanner<'a>) -> T) -> T {
+        let mut copy = *self;
+        let result = work(&mut copy);
+        self.at = copy.at;
+        result
+    }
+
+    #[inline(always)]
     pub fn peek(&self) -> Option<u8> {
         self.bytes.get(self.at).copied()
     }
 
+    #[inline(always)]
     pub fn text(&self) -> &'a [u8] {
         self.bytes
     }
 
+    #[inline(always)]
     pub fn rest(&self) -> &'a [u8] {
         self.bytes.get(self.at..).unwrap_or_default()
     }
 
-    #[inline]
+    /// Mostly there is none, which one comparison tells.
+    #[inline(always)]
     pub fn skip_whitespace(&mut self) {
-        while let Some(b' ' | b'\t' | b'\n' | b'\r') = self.peek() {
+        while self.peek().is_some_and(|byte| byte <= b' ') {
+            if let Some(b'\0'..=b'\x08' | b'\x0b' | b'\x0c' | b'\x0e'..=b'\x1f') = self.peek() {
+                return;
+            }
             self.at += 1;
         }
     }
 
     #[cold]
-    pub fn malformed(&self, expected: &str) -> Box<Fault> {
+    pub fn malformed(self, expected: &str) -> Box<Fault> {
         let rest = self.rest();
         let message = match String::from_utf8_lossy(&rest[..rest.len().min(4)]).chars().next() {
             Some(c) => format!("found {c:?} at byte {}; expected {expected}", self.at),
@@ -72,7 +90,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// The colon between a key and its value, and the whitespace around it.
-    #[inline]
+    #[inline(always)]
     pub fn colon(&mut self) -> Scan<()> {
         if self.peek() != Some(b':') {
             self.skip_whitespace();
@@ -86,11 +104,13 @@ impl<'a> Scanner<'a> {
     }
 
     /// Nothing but whitespace may follow the document.
+    #[inline(always)]
     pub fn end(&mut self) -> Scan<()> {
         self.skip_whitespace();
         if self.at == self.bytes.len() { Ok(()) } else { Err(self.malformed("nothing after the document")) }
     }
 
+    #[inline(always)]
     pub fn literal(&mut self, literal: &'static str) -> Scan<()> {
         if !self.rest().starts_with(literal.as_bytes()) {
             return Err(self.malformed(literal));
@@ -111,7 +131,7 @@ impl<'a> Scanner<'a> {
             self.at = stop + 1;
             return Ok(&self.bytes[begin..stop]);
         }
-        self.string_with_escapes(begin, scratch)?;
+        self.apart(|copy| copy.string_with_escapes(begin, scratch))?;
         Ok(scratch)
     }
 
@@ -200,7 +220,7 @@ impl<'a> Scanner<'a> {
         let whole = self.at;
         self.digits(&mut mantissa)?;
         let mut digits = self.at - whole;
-        if digits > 1 && self.bytes[whole] == b'0' {
+        if self.bytes[whole] == b'0' && digits > 1 {
             self.at = whole;
             return Err(self.malformed("no leading zero in a number"));
         }
@@ -244,6 +264,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Steps over any value, checking all of it. `open` objects and lists are around it already.
+    #[inline(never)]
     pub fn skip_value(&mut self, open: u32) -> Scan<()> {
         let outer = open;
         let mut open = open;

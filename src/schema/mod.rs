@@ -56,8 +56,10 @@ pub struct Field {
     pub allowed: String,
 }
 
-/// What a value may be, by its JSON type, with the checks that go with it.
+/// What a value may be, by its JSON type, with the checks that go with it. Its tag is a byte of its own, because the decoder asks
+/// for it with every member of a document.
 #[derive(Debug)]
+#[repr(u8)]
 pub enum ValueType {
     Boolean(BooleanType),
     Integer(IntegerType),
