@@ -4,7 +4,7 @@
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -152,6 +152,7 @@ fn measure(broker: &Broker, mode: &str, messages: u64, truth: &Truth) {
     let file = File::create(&log).unwrap();
     let config = pipeline.config_file();
     let mut command = pipeline.command();
+    command.env("FLOE_LOG", "info,floe::query=debug").env("FLOE_LOG_FORMAT", "json");
     command.arg("run").arg(config).stdout(file.try_clone().unwrap()).stderr(file);
     let from = Instant::now();
     // Waited for by `wait`, which says what it has used.
@@ -170,6 +171,26 @@ fn measure(broker: &Broker, mode: &str, messages: u64, truth: &Truth) {
         cpu * 1e6 / messages as f64,
         usage.ru_maxrss / 1024,
     );
+    let log = fs::read_to_string(&log).unwrap();
+    println!("         batches: {}", shares(&log, "stages"));
+    println!("         workers: {}", shares(&log, "workers"));
+}
+
+/// The share of each stage of all that the batches have logged, largest first.
+fn shares(log: &str, field: &str) -> String {
+    let mut sums: BTreeMap<String, u64> = BTreeMap::new();
+    for line in log.lines().filter(|line| line.contains("milliseconds of the batch")) {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        let millis = line["fields"][field].as_str().expect("the field");
+        let millis: BTreeMap<String, u64> = serde_json::from_str(millis).unwrap();
+        millis.into_iter().for_each(|(stage, ms)| *sums.entry(stage).or_default() += ms);
+    }
+    let all: u64 = sums.values().sum();
+    assert!(all > 0, "no batch has said what it took");
+    let mut sums: Vec<_> = sums.into_iter().collect();
+    sums.sort_by_key(|(_, ms)| std::cmp::Reverse(*ms));
+    let share = |(stage, ms): (String, u64)| format!("{stage} {:.1}%", ms as f64 * 100.0 / all as f64);
+    sums.into_iter().map(share).collect::<Vec<_>>().join(", ")
 }
 
 /// Waits for the process; its exit status and what it alone has used.

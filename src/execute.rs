@@ -13,7 +13,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arrow::array::{
     Array, ArrayRef, AsArray, BooleanArray, Int32Array, Int64Array, StringArray, TimestampMicrosecondArray,
@@ -47,6 +47,23 @@ pub struct Executed {
     pub state: StateStore,
     pub counts: Counts,
     pub event_times: EventTimes,
+    pub workers: WorkerTimes,
+}
+
+/// What the workers spent on what, summed over them: `read` is waiting for the next chunk, `decode` includes checks, derived columns
+/// and filters, `write` is Parquet and the upload, `merge` the batch's partial aggregates into the state, `close` the evaluation of
+/// closed windows.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerTimes(BTreeMap<&'static str, Duration>);
+
+impl WorkerTimes {
+    fn add(&mut self, stage: &'static str, took: Duration) {
+        *self.0.entry(stage).or_default() += took;
+    }
+
+    pub fn millis(&self) -> BTreeMap<String, u64> {
+        self.0.iter().map(|(stage, took)| ((*stage).to_string(), took.as_millis() as u64)).collect()
+    }
 }
 
 /// The event times of the rows of a batch; rows without one do not count.
@@ -133,7 +150,7 @@ pub fn execute(
         let mut tables = job.writers(workers);
         let gaps = dead_letter::from_gaps(&plan.gaps, plan.batch, plan.trigger_time_ms);
         tables.write(pipeline.dead_letters, &gaps)?;
-        account.files(tables.finish()?);
+        account.files(tables.finish()?.0);
     }
 
     let lanes: Vec<Lane> = job.lanes.into_iter().map(OrderedLane::into_lane).collect::<Result<_, _>>()?;
@@ -146,14 +163,18 @@ pub fn execute(
         }
     }
     let evict_ms = plan.watermarks.evict();
+    let started = Instant::now();
     let delta = state.merge_lanes(lanes, evict_ms, workers)?;
+    // It has all the workers.
+    account.workers.add("merge", started.elapsed() * workers as u32);
     let closed = Mutex::new(state.close(evict_ms).into_iter());
     let emit = Emit { pipeline, sink, plan, attempt, cancel, closed };
     // Worker numbers continue, so that no file name is used twice in an attempt.
     for output in run_workers(workers, cancel, |worker| emit.run(workers + 1 + worker))? {
         account.add(output);
     }
-    Ok(Executed { files: account.files, delta, state, counts: account.counts, event_times: account.event_times })
+    let Account { files, counts, event_times, workers } = account;
+    Ok(Executed { files, delta, state, counts, event_times, workers })
 }
 
 /// Runs `work` on every worker and returns what each produced, in worker order. The first failure cancels the others.
@@ -200,12 +221,14 @@ struct Output {
     files: Vec<(usize, Vec<DataFile>)>,
     counts: Counts,
     event_times: EventTimes,
+    times: WorkerTimes,
 }
 
 struct Account {
     files: Vec<Vec<DataFile>>,
     counts: Counts,
     event_times: EventTimes,
+    workers: WorkerTimes,
 }
 
 impl Account {
@@ -214,6 +237,7 @@ impl Account {
             files: pipeline.tables.iter().map(|_| Vec::new()).collect(),
             counts: Counts::default(),
             event_times: EventTimes::default(),
+            workers: WorkerTimes::default(),
         }
     }
 
@@ -221,6 +245,7 @@ impl Account {
         self.files(output.files);
         self.counts.add(&output.counts);
         self.event_times.add(output.event_times);
+        output.times.0.into_iter().for_each(|(stage, took)| self.workers.add(stage, took));
     }
 
     fn files(&mut self, files: Vec<(usize, Vec<DataFile>)>) {
@@ -237,6 +262,7 @@ struct Writers<'a> {
     attempt: Uuid,
     worker: usize,
     open: BTreeMap<usize, TableWriter>,
+    took: Duration,
 }
 
 impl Writers<'_> {
@@ -244,15 +270,22 @@ impl Writers<'_> {
         if rows.num_rows() == 0 {
             return Ok(());
         }
+        let started = Instant::now();
         let writer = self
             .open
             .entry(table)
             .or_insert_with(|| self.sink.writer(table, self.plan.batch, self.attempt, self.worker));
-        Ok(writer.write(rows)?)
+        writer.write(rows)?;
+        self.took += started.elapsed();
+        Ok(())
     }
 
-    fn finish(self) -> Result<Vec<(usize, Vec<DataFile>)>, Error> {
-        self.open.into_iter().map(|(table, writer)| Ok((table, writer.finish()?))).collect()
+    /// The files, and the time that writing has taken.
+    fn finish(self) -> Result<(Vec<(usize, Vec<DataFile>)>, Duration), Error> {
+        let started = Instant::now();
+        let files = self.open.into_iter().map(|(table, writer)| Ok((table, writer.finish()?)));
+        let files = files.collect::<Result<_, Error>>()?;
+        Ok((files, self.took + started.elapsed()))
     }
 }
 
@@ -276,24 +309,43 @@ struct Done<'a> {
     writers: Writers<'a>,
     counts: Counts,
     event_times: EventTimes,
+    times: WorkerTimes,
 }
 
 impl<'a> Job<'a> {
     fn writers(&self, worker: usize) -> Writers<'a> {
-        Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() }
+        Writers {
+            sink: self.sink,
+            plan: self.plan,
+            attempt: self.attempt,
+            worker,
+            open: BTreeMap::new(),
+            took: Duration::ZERO,
+        }
     }
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
         let mut decoders = self.pipeline.decoders(self.registry.as_ref());
-        let mut done =
-            Done { writers: self.writers(worker), counts: Counts::default(), event_times: EventTimes::default() };
-        while let Some(chunk) = self.next_chunk()? {
+        let mut done = Done {
+            writers: self.writers(worker),
+            counts: Counts::default(),
+            event_times: EventTimes::default(),
+            times: WorkerTimes::default(),
+        };
+        loop {
+            let started = Instant::now();
+            let next = self.next_chunk()?;
+            done.times.add("read", started.elapsed());
+            let Some(chunk) = next else { break };
             self.process(chunk, &mut decoders, &mut done)?;
             if crate::failpoint::hit("execute.chunk") {
                 return Err(Error::Internal("failpoint execute.chunk".into()));
             }
         }
-        Ok(Output { files: done.writers.finish()?, counts: done.counts, event_times: done.event_times })
+        let Done { writers, counts, event_times, mut times } = done;
+        let (files, took) = writers.finish()?;
+        times.add("write", took);
+        Ok(Output { files, counts, event_times, times })
     }
 
     fn next_chunk(&self) -> Result<Option<Chunk>, Error> {
@@ -336,8 +388,10 @@ impl<'a> Job<'a> {
         done: &mut Done<'_>,
     ) -> Result<(), Error> {
         let message_type = &self.pipeline.types[of];
+        let started = Instant::now();
         let Admitted { batch, records, rejected, filtered, dropped, failures, violation } =
             admit(message_type, self.plan.trigger_time_ms, chunk, decoder)?;
+        done.times.add("decode", started.elapsed());
         done.counts.filtered += filtered;
         done.counts.dropped += dropped;
         for (expectation, failures) in message_type.expectations.iter().zip(&failures) {
@@ -374,7 +428,10 @@ impl<'a> Job<'a> {
         if let Some(times) = batch.column(event_time).as_primitive_opt::<TimestampMicrosecondType>() {
             done.event_times.take_in(chunk, times);
         }
-        self.lanes[chunk.lane * self.pipeline.types.len() + of].submit(chunk.sequence, batch, self)
+        let started = Instant::now();
+        self.lanes[chunk.lane * self.pipeline.types.len() + of].submit(chunk.sequence, batch, self)?;
+        done.times.add("aggregate", started.elapsed());
+        Ok(())
     }
 
     fn refuse(
@@ -642,8 +699,15 @@ struct Emit<'a> {
 
 impl Emit<'_> {
     fn run(&self, worker: usize) -> Result<Output, Error> {
-        let mut writers =
-            Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() };
+        let started = Instant::now();
+        let mut writers = Writers {
+            sink: self.sink,
+            plan: self.plan,
+            attempt: self.attempt,
+            worker,
+            open: BTreeMap::new(),
+            took: Duration::ZERO,
+        };
         let mut counts = Counts::default();
         loop {
             let next = lock(&self.closed).next();
@@ -682,7 +746,11 @@ impl Emit<'_> {
                 *counts.dead_letters.entry(Reason::Overflow.code().to_string()).or_default() += 1;
             }
         }
-        Ok(Output { files: writers.finish()?, counts, event_times: EventTimes::default() })
+        let (files, took) = writers.finish()?;
+        let mut times = WorkerTimes::default();
+        times.add("write", took);
+        times.add("close", started.elapsed().saturating_sub(took));
+        Ok(Output { files, counts, event_times: EventTimes::default(), times })
     }
 }
 

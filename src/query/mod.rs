@@ -410,7 +410,7 @@ impl Session {
             let logged = self.log_unknown_ids(plan.batch, &digest, registry);
             with_deadline("log_unknown_ids", deadlines.checkpoint, logged).await?;
         }
-        let Executed { files, mut delta, mut state, counts, event_times } = executed;
+        let Executed { files, mut delta, mut state, counts, event_times, workers } = executed;
 
         // 4. Persist what this attempt adds to the state.
         let started = Instant::now();
@@ -503,6 +503,7 @@ impl Session {
         progress.input_rows_per_second =
             counts.records as f64 / query.since_last_trigger(triggered).as_secs_f64().max(seconds);
         progress.duration_ms = durations;
+        progress.worker_ms = workers.millis();
         tracing::info!(
             batch = plan.batch,
             records = counts.records,
@@ -516,6 +517,7 @@ impl Session {
             ms = progress.batch_duration_ms,
             "batch committed"
         );
+        tracing::debug!(batch = plan.batch, stages = ?progress.duration_ms, workers = ?progress.worker_ms, "milliseconds of the batch");
         report_expectations(query, plan.batch, &counts);
         query.let_through(plan.batch, passed);
         query.telemetry.batch(progress.clone());

@@ -21,6 +21,9 @@ pub struct BatchProgress {
     pub batch_duration_ms: u64,
     /// By stage: `latest_offset`, `wal_commit`, `add_batch`, `state_commit`, `commit_tables`, `commit_log`, `tidy`.
     pub duration_ms: BTreeMap<String, u64>,
+    /// What of `add_batch` the workers spent on what, summed over them: `read` (waiting for data), `decode`, `aggregate`, `write`,
+    /// `merge`, `close`.
+    pub worker_ms: BTreeMap<String, u64>,
     pub num_input_rows: u64,
     pub input_rows_per_second: f64,
     pub processed_rows_per_second: f64,
