@@ -26,7 +26,9 @@ const UNBOUNDED: u64 = u64::MAX / 8;
 fn main() {
     let groups = std::env::args().skip(1).find(|a| !a.starts_with("--")).map(|a| a.replace('_', ""));
     let groups: u64 = groups.map_or(10_000_000, |a| a.parse().expect("the number of groups"));
-    window_stage();
+    for windows in [1, 10, 30] {
+        window_stage(windows);
+    }
     println!(
         "{:<28} {:>10} {:>9} {:>9} {:>12} {:>10} {:>10} {:>9} {:>9}",
         "open groups",
@@ -205,30 +207,34 @@ impl Bench {
     }
 }
 
-/// 4 million rows of 100,000 devices in half an hour: partial aggregation, merging and encoding, on one thread.
-fn window_stage() {
+/// 4 million rows of 100,000 devices in batches of a million, spread over so many windows: partial aggregation, merging and
+/// encoding, on one thread. Lanes get chunks of 5,000 rows, as partitions do.
+fn window_stage(windows: u64) {
     const ROWS: u64 = 4_000_000;
-    const CHUNK: u64 = 20_000;
+    const DEVICES: u64 = 100_000;
+    const CHUNK: u64 = 5_000 * LANES;
     let queries = queries();
     let chunks: Vec<Vec<RecordBatch>> = (0..ROWS / CHUNK)
         .map(|chunk| {
-            let group = |n: u64| {
-                let minute = n * 30 / ROWS;
-                mix(n) % 100_000 * 30 + minute
-            };
-            rows(30, (chunk * CHUNK..(chunk + 1) * CHUNK).map(group))
+            let group = |n: u64| mix(n) % DEVICES * windows + n * windows / ROWS;
+            rows(windows, (chunk * CHUNK..(chunk + 1) * CHUNK).map(group))
         })
         .collect();
     let mut store = StateStore::new(queries.clone());
     let begin = Instant::now();
-    for batch in chunks.chunks(50) {
+    let mut groups = 0;
+    for batch in chunks.chunks(25) {
         let mut lanes: Vec<Lane> = (0..LANES).map(|_| Lane::new(queries.clone(), [0].into(), 0, 0)).collect();
         for chunk in batch {
             lanes.iter_mut().zip(chunk).for_each(|(lane, rows)| lane.update(rows).unwrap());
         }
-        store.merge_lanes(lanes, 0, 1).unwrap();
+        groups += store.merge_lanes(lanes, 0, 1).unwrap().groups;
     }
-    println!("window stage: {:.0} ns a row, 100,000 devices", begin.elapsed().as_nanos() as f64 / ROWS as f64);
+    let took = begin.elapsed().as_nanos() as f64 / ROWS as f64;
+    println!(
+        "window stage: {took:.0} ns a row; 100,000 devices, {windows} windows, {:.1} rows to a group of a batch",
+        ROWS as f64 / groups as f64
+    );
 }
 
 fn resident_bytes() -> u64 {

@@ -14,12 +14,15 @@ use crate::batch::BatchId;
 use crate::error::{Error, Kind};
 use crate::failpoint;
 use crate::state::{self, Compacted, Compaction, StateStore};
+use crate::trigger::Trigger;
 
 /// So many deltas are too many: the next batch waits until they are merged.
 const TOO_MANY_DELTAS: usize = 256;
+/// The same in a job that ends with its data: a compaction beside its last batch ends with it and comes to nothing.
+const TOO_MANY_DELTAS_OF_JOBS: usize = 64;
 
-#[derive(Default)]
 pub(super) struct Background {
+    too_many: usize,
     running: Option<Running>,
 }
 
@@ -32,6 +35,14 @@ struct Running {
 }
 
 impl Background {
+    pub fn new(trigger: Trigger) -> Background {
+        let too_many = match trigger {
+            Trigger::AvailableNow => TOO_MANY_DELTAS_OF_JOBS,
+            Trigger::ProcessingTime(_) => TOO_MANY_DELTAS,
+        };
+        Background { too_many, running: None }
+    }
+
     /// Before a batch: what is finished replaces the files that it was made from. `last` is the last committed batch and
     /// its watermark.
     pub async fn before_batch(
@@ -39,7 +50,7 @@ impl Background {
         store: &mut StateStore,
         last: Option<(BatchId, i64)>,
     ) -> Result<Option<Compacted>, Error> {
-        let too_many = store.deltas() >= TOO_MANY_DELTAS;
+        let too_many = store.deltas() >= self.too_many;
         if too_many {
             tracing::warn!(deltas = store.deltas(), "the batch waits for the compaction of state files");
             self.start(store, last);

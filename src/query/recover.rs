@@ -112,7 +112,7 @@ impl Session {
             tables: tables.into_iter().map(|table| (table.name, table.uuid)).collect(),
             source: Arc::new(Mutex::new(source)),
             state: Some(state),
-            compaction: compaction::Background::default(),
+            compaction: compaction::Background::new(query.config.trigger),
             windows: changes.windows,
             last,
             event_times,
