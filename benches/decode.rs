@@ -15,6 +15,10 @@ use floe::schema::Schema;
 use floe::source::Chunk;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 
+/// The service's: the columns of 10,000 messages are given back and taken again, which another allocator lets the kernel pay for.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const MESSAGES: usize = 10_000;
 const STATUSES: [&str; 4] = ["online", "offline", "charging", "error"];
 const TELEMETRY: &str = include_str!("../schemas/telemetry.json");

@@ -6,6 +6,7 @@
 //! refused, because no UTF-8 text can hold it.
 
 use crate::dead_letter::Reason;
+use crate::schema::Packed;
 
 use super::fault::{Fault, Scan};
 
@@ -22,7 +23,9 @@ pub struct Scanner<'a> {
 
 /// A number as it was written.
 pub struct Number<'a> {
-    text: &'a [u8],
+    document: &'a [u8],
+    begin: usize,
+    end: usize,
     negative: bool,
     /// All digits before the exponent as one integer; exact when `digits <= 19`.
     mantissa: u64,
@@ -135,6 +138,27 @@ impl<'a> Scanner<'a> {
         Ok(scratch)
     }
 
+    /// The same with its [`Packed`] form. The lengths of a field's strings differ from record to record: there is no branch on them
+    /// while they are short.
+    #[inline(always)]
+    pub fn packed_string<'s>(&mut self, scratch: &'s mut Vec<u8>) -> Scan<(&'s [u8], Packed)>
+    where
+        'a: 's,
+    {
+        let begin = self.at + 1;
+        let (first, last) = sixteen(self.bytes, begin);
+        let (low, high) = (specials(first), specials(last));
+        let found = if low == 0 { 8 + high.trailing_zeros() / 8 } else { low.trailing_zeros() / 8 } as usize;
+        let stop = if found < 16 { begin + found } else { find_special(self.bytes, begin + 16) };
+        if self.bytes.get(stop) == Some(&b'"') {
+            self.at = stop + 1;
+            let text = &self.bytes[begin..stop];
+            return Ok((text, Packed::of(first, last, text.len())));
+        }
+        self.apart(|copy| copy.string_with_escapes(begin, scratch))?;
+        Ok((scratch, Packed::new(scratch)))
+    }
+
     #[inline(never)]
     fn string_with_escapes(&mut self, begin: usize, scratch: &mut Vec<u8>) -> Scan<()> {
         scratch.clear();
@@ -240,7 +264,7 @@ impl<'a> Scanner<'a> {
             }
             self.digits(&mut 0)?;
         }
-        Ok(Number { text: &self.bytes[start..self.at], negative, mantissa, digits, scale, exponent })
+        Ok(Number { document: self.bytes, begin: start, end: self.at, negative, mantissa, digits, scale, exponent })
     }
 
     /// Eight digits at a time and without a branch on their number, which is different in every record.
@@ -338,6 +362,10 @@ impl<'a> Scanner<'a> {
 }
 
 impl Number<'_> {
+    fn text(&self) -> &str {
+        std::str::from_utf8(&self.document[self.begin..self.end]).unwrap_or_default()
+    }
+
     /// The nearest double; None when its magnitude is beyond the largest one.
     #[inline]
     pub fn to_f64(&self) -> Option<f64> {
@@ -350,7 +378,7 @@ impl Number<'_> {
             let magnitude = self.mantissa as f64 / POWERS[self.scale];
             return Some(if self.negative { -magnitude } else { magnitude });
         }
-        std::str::from_utf8(self.text).ok()?.parse().ok().filter(|f: &f64| f.is_finite())
+        self.text().parse().ok().filter(|f: &f64| f.is_finite())
     }
 
     /// The exact integer: `1.0` and `1e2` are integers, as JSON Schema has it.
@@ -370,7 +398,7 @@ impl Number<'_> {
     /// The exact number in units of `10^-scale`; `Fraction` if it has more digits after the point, `OutOfRange` if it
     /// has more than `most` digits (at most 38) in those units.
     pub fn scaled(&self, scale: i64, most: i64) -> Result<i128, NotInteger> {
-        let text = std::str::from_utf8(self.text).unwrap_or_default();
+        let text = self.text();
         let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
         let digits = || mantissa.bytes().filter(u8::is_ascii_digit);
         // value = digits without the zeros at both ends × 10^power
@@ -394,13 +422,13 @@ impl Number<'_> {
 
     /// The nearest 32-bit float, rounded once; None when its magnitude is beyond the largest one.
     pub fn to_f32(&self) -> Option<f32> {
-        std::str::from_utf8(self.text).ok()?.parse().ok().filter(|f: &f32| f.is_finite())
+        self.text().parse().ok().filter(|f: &f32| f.is_finite())
     }
 
     /// As serde_json holds it: exact as an integer of 64 bits, else the nearest double.
     pub fn to_json(&self) -> Option<serde_json::Number> {
         if self.scale == 0 && !self.exponent {
-            let text = std::str::from_utf8(self.text).ok()?;
+            let text = self.text();
             if let Ok(n) = text.parse::<i64>() {
                 return Some(n.into());
             }
@@ -435,18 +463,40 @@ fn leading_number(word: u64, count: usize) -> u64 {
     low.wrapping_mul(0x000F_4240_0000_0064).wrapping_add(high.wrapping_mul(0x0000_2710_0000_0001)) >> 32
 }
 
+/// Sixteen bytes from `at` on, the first lowest; zeros beyond the end.
+#[inline(always)]
+fn sixteen(bytes: &[u8], at: usize) -> (u64, u64) {
+    let word = match (bytes.get(at..).and_then(<[u8]>::first_chunk), bytes.last_chunk()) {
+        (Some(chunk), _) => u128::from_le_bytes(*chunk),
+        (None, Some(chunk)) => {
+            // In two halves, because a shift by all 128 bits is none.
+            let half = 4 * (16 - (bytes.len() - at.min(bytes.len()))) as u32;
+            u128::from_le_bytes(*chunk) >> half >> half
+        }
+        (None, None) => bytes.iter().skip(at).rev().fold(0, |word, byte| word << 8 | u128::from(*byte)),
+    };
+    (word as u64, (word >> 64) as u64)
+}
+
+/// The highest bit of the first byte that is a quote, a backslash or a control character, perhaps of bytes above it, of none
+/// below.
+#[inline(always)]
+fn specials(word: u64) -> u64 {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGHS: u64 = 0x8080_8080_8080_8080;
+    // With one bit turned, quotes and control characters are all that is below 0x21.
+    let quote_or_control = (word ^ (ONES * 0x02)).wrapping_sub(ONES * 0x21);
+    let backslash = (word ^ (ONES * 0x5C)).wrapping_sub(ONES);
+    // A borrow can mark a byte wrongly only above a byte that is marked rightly.
+    (quote_or_control | backslash) & !word & HIGHS
+}
+
 /// Index of the first quote, backslash or control character from `from` on, or the length. Eight bytes at a time.
 #[inline]
 fn find_special(bytes: &[u8], from: usize) -> usize {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGHS: u64 = 0x8080_8080_8080_8080;
     let mut at = from;
     while let Some(word) = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
-        let word = u64::from_le_bytes(*word);
-        let zero_byte = |w: u64| w.wrapping_sub(ONES) & !w;
-        // A borrow can mark a byte wrongly only above a byte that is marked rightly, and the lowest mark is what counts.
-        let control = word.wrapping_sub(ONES * 0x20) & !word;
-        let marks = (zero_byte(word ^ (ONES * 0x22)) | zero_byte(word ^ (ONES * 0x5C)) | control) & HIGHS;
+        let marks = specials(u64::from_le_bytes(*word));
         if marks != 0 {
             return at + marks.trailing_zeros() as usize / 8;
         }
@@ -555,6 +605,16 @@ mod tests {
                         bytes.insert(position, special);
                         assert_eq!(find_special(&bytes, 0), position);
                         assert_eq!(find_special(&bytes[..position], 0), position);
+                        for from in 0..=position {
+                            let mut expected = [0; 16];
+                            let end = bytes.len().min(from + 16);
+                            expected[..end - from].copy_from_slice(&bytes[from..end]);
+                            let (first, last) = sixteen(&bytes, from);
+                            assert_eq!([first.to_le_bytes(), last.to_le_bytes()].concat(), expected);
+                            if position - from < 8 {
+                                assert_eq!(specials(first).trailing_zeros() as usize / 8, position - from);
+                            }
+                        }
                     }
                 }
             }

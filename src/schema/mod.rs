@@ -22,7 +22,7 @@ use regex::Regex;
 use sha2::{Digest, Sha256};
 
 pub use keywords::Types;
-pub use text_set::TextSet;
+pub use text_set::{Packed, TextSet};
 pub use validator::Validator;
 
 /// A compiled schema document.

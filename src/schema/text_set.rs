@@ -8,10 +8,10 @@ pub struct TextSet {
     packed: Option<Vec<Packed>>,
 }
 
-/// A string of at most 16 bytes: its length and all of its bytes, in two words that may overlap.
+/// A string of less than 16 bytes as two words: its bytes, then zeros, in the last byte its length. What is longer equals no such
+/// string.
 #[derive(Clone, Copy, Debug)]
-struct Packed {
-    length: u64,
+pub struct Packed {
     first: u64,
     last: u64,
 }
@@ -23,7 +23,8 @@ impl TextSet {
     pub fn new(mut texts: Vec<String>) -> TextSet {
         texts.sort_unstable();
         texts.dedup();
-        let packed = if texts.len() <= FEW { texts.iter().map(|t| Packed::new(t.as_bytes())).collect() } else { None };
+        let short = texts.len() <= FEW && texts.iter().all(|text| text.len() <= Packed::MOST);
+        let packed = short.then(|| texts.iter().map(|text| Packed::new(text.as_bytes())).collect());
         TextSet { sorted: texts, packed }
     }
 
@@ -31,33 +32,57 @@ impl TextSet {
         &self.sorted
     }
 
+    /// `packed` is the same as `text`.
     #[inline]
-    pub fn contains(&self, text: &[u8]) -> bool {
-        match (&self.packed, Packed::new(text)) {
-            (Some(packed), Some(text)) => packed.iter().fold(false, |found, other| found | other.equals(text)),
-            (Some(_), None) => false,
-            (None, _) => self.sorted.binary_search_by(|other| other.as_bytes().cmp(text)).is_ok(),
+    pub fn contains(&self, text: &[u8], packed: Packed) -> bool {
+        match &self.packed {
+            Some(short) => short.iter().fold(false, |found, other| found | other.equals(packed)),
+            None => self.sorted.binary_search_by(|other| other.as_bytes().cmp(text)).is_ok(),
         }
     }
 }
 
 impl Packed {
-    #[inline]
-    fn new(text: &[u8]) -> Option<Packed> {
-        let (first, last) = match (text.first_chunk::<8>(), text.last_chunk::<8>()) {
-            (Some(first), Some(last)) if text.len() <= 16 => (u64::from_le_bytes(*first), u64::from_le_bytes(*last)),
-            (Some(_), _) => return None,
-            _ => match (text.first_chunk::<4>(), text.last_chunk::<4>()) {
-                (Some(first), Some(last)) => (u32::from_le_bytes(*first).into(), u32::from_le_bytes(*last).into()),
-                _ => (text.iter().fold(0, |word, b| word << 8 | u64::from(*b)), 0),
-            },
-        };
-        Some(Packed { length: text.len() as u64, first, last })
+    pub const MOST: usize = 15;
+    const LONG: Packed = Packed { first: 0, last: u64::MAX };
+    /// By length: the bytes of a string.
+    const MASKS: [(u64, u64); 16] = {
+        let mut masks = [(0, 0); 16];
+        let mut length = 1;
+        while length < 16 {
+            let all = (1u128 << (8 * length)) - 1;
+            masks[length] = (all as u64, (all >> 64) as u64);
+            length += 1;
+        }
+        masks
+    };
+
+    pub fn new(text: &[u8]) -> Packed {
+        let mut head = [0; 16];
+        let short = text.len().min(16);
+        head[..short].copy_from_slice(&text[..short]);
+        let head = u128::from_le_bytes(head);
+        Packed::of(head as u64, (head >> 64) as u64, text.len())
     }
 
-    #[inline]
+    /// Of a string of that length with these first 16 bytes, what comes after it included.
+    #[inline(always)]
+    pub fn of(first: u64, last: u64, length: usize) -> Packed {
+        match Packed::MASKS.get(length) {
+            Some(mask) => Packed { first: first & mask.0, last: last & mask.1 | (length as u64) << 56 },
+            None => Packed::LONG,
+        }
+    }
+
+    /// The string and what comes after it.
+    #[inline(always)]
+    pub fn bytes(self) -> [u8; 16] {
+        (u128::from(self.last) << 64 | u128::from(self.first)).to_le_bytes()
+    }
+
+    #[inline(always)]
     fn equals(self, other: Packed) -> bool {
-        (self.length ^ other.length) | (self.first ^ other.first) | (self.last ^ other.last) == 0
+        (self.first ^ other.first) | (self.last ^ other.last) == 0
     }
 }
 
@@ -69,14 +94,15 @@ mod tests {
     fn strings_of_all_lengths_are_told_apart() {
         let letters = "abcdefghijklmnopqrstuvwxyz";
         let prefixes = |lengths: std::ops::Range<usize>| lengths.map(|n| letters[..n].to_owned()).collect::<Vec<_>>();
-        for lengths in [0..4, 3..9, 7..17, 0..16, 10..20, 0..26, 16..17, 17..18] {
+        for lengths in [0..4, 3..9, 7..16, 7..17, 0..16, 10..20, 0..26, 15..16, 16..17, 17..18] {
             let set = TextSet::new(prefixes(lengths.clone()));
             for n in 0..letters.len() {
-                assert_eq!(set.contains(&letters.as_bytes()[..n]), lengths.contains(&n), "{n} of {lengths:?}");
+                let text = &letters.as_bytes()[..n];
+                assert_eq!(set.contains(text, Packed::new(text)), lengths.contains(&n), "{n} of {lengths:?}");
                 for changed in 0..n {
                     let mut other = letters.as_bytes()[..n].to_vec();
                     other[changed] = 0;
-                    assert!(!set.contains(&other), "{n} of {lengths:?}, byte {changed}");
+                    assert!(!set.contains(&other, Packed::new(&other)), "{n} of {lengths:?}, byte {changed}");
                 }
             }
         }
