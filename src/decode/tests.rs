@@ -69,6 +69,30 @@ fn row(batch: &RecordBatch, row: usize) -> Vec<Cell> {
     batch.columns().iter().map(cell).collect()
 }
 
+/// Wherever they stand, with and without escapes.
+#[test]
+fn strings_of_every_length_are_copied_whole() {
+    let schema = schema(r#"{"type":"object","properties":{"s":{"type":"string"},"n":{"type":"integer"}}}"#);
+    let letters = "abcdefghijklmnopqrstuvwxyz0123456789äöü";
+    let mut payloads = Vec::new();
+    let mut expected = Vec::new();
+    for length in 0..letters.chars().count() {
+        let text: String = letters.chars().take(length).collect();
+        for escape in [None, Some('\n'), Some('\0')] {
+            let text: String = escape.into_iter().chain(text.chars()).collect();
+            let quoted = serde_json::to_string(&text).unwrap();
+            payloads.push(format!("{{\"s\":{quoted}}}"));
+            payloads.push(format!("{{\"s\":{quoted},\"n\":1234567890123}}"));
+            payloads.push(format!("{{ \"n\" : 1 , \"s\" : {quoted} }}"));
+            expected.extend([text.clone(), text.clone(), text]);
+        }
+    }
+    let decoded = decode(&schema, payloads.iter().map(String::as_str));
+    assert_eq!(decoded.rejected, []);
+    let found: Vec<&str> = decoded.batch.column(0).as_string::<i32>().iter().flatten().collect();
+    assert_eq!(found, expected);
+}
+
 /// The one verdict on one payload.
 fn verdict(schema: &Arc<Schema>, payload: &[u8]) -> Result<Vec<Cell>, (Reason, String, String)> {
     let decoded = Decoder::new(schema.clone()).decode(&chunk_of([Some(payload)]));
