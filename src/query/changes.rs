@@ -511,9 +511,10 @@ mod tests {
         assert_eq!(error.exit_code(), 3);
         assert!(error.to_string().contains("windows t: removed"), "{error}");
         assert!(!error.to_string().contains("a: b"), "{error}");
+        changes.list.push(Change::new("windows t", "size", Verdict::NeedsRebuild, "why"));
         changes.agreed = true;
         assert!(changes.check().is_ok());
-        changes.list.push(Change::new("windows t", "size", Verdict::NeedsRebuild, "why"));
+        changes.list.push(Change::new("source.topics", "t removed", Verdict::Refused, "why"));
         assert!(changes.check().is_err());
     }
 

@@ -294,7 +294,7 @@ impl Scenario {
             }
             for attempt in 0..3 {
                 let random = &mut self.random;
-                pipeline.set("source.max_offsets_per_trigger", 12 + random.below(200) as i64);
+                pipeline.set("source.max_offsets_per_trigger", 10 + random.below(120) as i64);
                 pipeline.set("execution.workers", 1 + random.below(4) as i64);
                 let rare = (attempt == 1 && slice < slices && random.one_in(2)).then(|| random.pick(&RARE));
                 let budget = match rare {

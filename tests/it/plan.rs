@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::broker::Broker;
 use crate::support::check::{everything, records};
@@ -173,7 +173,7 @@ fn windows_that_become_others_go_on_without_the_open_ones_once_somebody_agrees()
     let read = jiff::Timestamp::from_millisecond(read_ms).unwrap().to_string();
     assert!(change["why"].as_str().unwrap().contains(&format!("begin by {read}")), "{change:#}");
     let plan = pipeline.plan(&["--apply"]);
-    assert_eq!(plan["agreed_to_drop"], serde_json::json!(["telemetry.device_minutes"]), "{plan:#}");
+    assert_eq!(plan["agreed_to_drop"], json!(["telemetry.device_minutes"]), "{plan:#}");
     assert_eq!(verdicts(&plan)["windows telemetry.device_minutes"], "needs_rebuild");
     broker.produce_records(topic, records(&telemetry, 2_000..4_000));
     for point in ["execute.files_written:kill", "commit_log.before_put:kill", "commit_log.after_put:kill"] {
@@ -197,16 +197,15 @@ fn windows_that_become_others_go_on_without_the_open_ones_once_somebody_agrees()
     assert_eq!(by_status(&pipeline), by_status(&whole), "windows of another table");
 }
 
-/// Windows of `telemetry.early`, in a mode.
-fn early(mode: &str) -> String {
+fn early(table: &str, mode: &str) -> String {
     format!(
-        "table = \"telemetry.early\"\nsize = \"1 minute\"\nfilter = \"device_id <> 'closer'\"\noutput_mode = \"{mode}\"\n\
+        "table = \"telemetry.{table}\"\nsize = \"1 minute\"\nfilter = \"device_id <> 'closer'\"\noutput_mode = \"{mode}\"\n\
          aggregates = {{ events = \"count(*)\" }}"
     )
 }
 
-/// From append to update and back: over open windows that is a rebuild, since they have been written in the one mode and not in
-/// the other; over none it is safe, and the table keeps its rows.
+/// A table has the columns of one mode: from append to update and back is another table, for which the plan is safe once nothing
+/// is open.
 #[test]
 fn the_output_mode_changes() {
     let _turn = turn();
@@ -215,10 +214,7 @@ fn the_output_mode_changes() {
     broker.create_topic(topic, 1, &[]);
     let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
     pipeline.set("source.max_offsets_per_trigger", 300).set_window("filter", "device_id <> 'closer'");
-    pipeline.add_window(&early("update"));
-    let modes = |pipeline: &mut Pipeline, minutes: &str, of_early: &str| {
-        pipeline.set_window("output_mode", minutes).remove_window("telemetry.early").add_window(&early(of_early));
-    };
+    pipeline.add_window(&early("early", "update"));
     // A thousand readings from an hour on.
     let produce = |hour: i64| {
         let start_ms = START_MS + hour * 60 * MINUTE_MS;
@@ -228,59 +224,52 @@ fn the_output_mode_changes() {
     // Closes what is open, and is in no window itself.
     let close = |hour: u32| {
         let at = format!("2026-01-01T{hour:02}:00:00Z");
-        let closer =
-            serde_json::json!({"device_id": "closer", "event_timestamp": at, "battery_level": 1, "status": "online"});
-        broker.produce(topic, Some(0), None, [closer.to_string()]);
+        broker.produce(topic, Some(0), None, [json!({"device_id": "closer", "event_timestamp": at}).to_string()]);
     };
-    // By table: rows that have a revision and rows that have none, and the events of the newest of every group.
-    let found = |pipeline: &Pipeline| {
-        ["telemetry.device_minutes", "telemetry.early"].map(|table| -> (u64, u64, u64) {
-            let key = if table.ends_with("early") { "1" } else { "device_id" };
-            let sql = format!(
-                "select (select count(revision) from {{{table}}}), (select count(*) from {{{table}}} where revision is null), \
-                 sum(events)::bigint from (select * from {{{table}}} \
-                 qualify row_number() over (partition by window_start, {key} order by revision desc nulls last) = 1)"
-            );
-            pipeline.tables().query(&sql).remove(0)
-        })
-    };
-
+    let both = ["telemetry.device_minutes", "telemetry.early"];
     produce(0);
     pipeline.run();
-    modes(&mut pipeline, "update", "append");
-    for table in ["windows telemetry.device_minutes", "windows telemetry.early"] {
-        let change = refused(&pipeline, table);
+    let before = both.map(|table| pipeline.tables().table(table).snapshots.len());
+    pipeline.set_window("output_mode", "update");
+    pipeline.remove_window("telemetry.early").add_window(&early("early", "append"));
+    for table in both {
+        let change = refused(&pipeline, &format!("windows {table}"));
         assert_eq!((&change["verdict"], &change["change"]), (&"needs_rebuild".into(), &"output_mode".into()));
         assert!(change["why"].as_str().unwrap().contains("of the other mode"), "{change:#}");
     }
-    modes(&mut pipeline, "append", "update");
+    pipeline.set_window("output_mode", "append");
+    pipeline.remove_window("telemetry.early").add_window(&early("early", "update"));
     close(2);
     pipeline.run();
+    let closed = both.map(|table| pipeline.tables().table(table).snapshots.len());
+    assert!(closed[0] > before[0], "{before:?} {closed:?}");
 
-    modes(&mut pipeline, "update", "append");
+    pipeline.set_window("output_mode", "update");
+    pipeline.remove_window("telemetry.early").add_window(&early("early", "append"));
     let plan = pipeline.plan(&[]);
-    let verdicts = verdicts(&plan);
-    for subject in ["windows telemetry.device_minutes", "windows telemetry.early"] {
-        assert_eq!(verdicts[subject], "safe", "{plan:#}");
-        assert_eq!(verdicts[&subject.replace("windows", "table")], "safe", "{plan:#}");
+    let found = verdicts(&plan);
+    for table in both {
+        assert_eq!(found[&format!("windows {table}")], "safe", "{plan:#}");
+        assert_eq!(found[&format!("table {table}")], "refused", "{plan:#}");
     }
+    assert!(plan.to_string().contains("revision") && plan.to_string().contains("write to a new table"), "{plan:#}");
+    pipeline.spawn().wait().expect_code(3).expect_output(&["revision", "write to a new table"]);
+    assert_eq!(both.map(|table| pipeline.tables().table(table).snapshots.len()), closed, "nothing was changed");
+
+    // To other tables both go.
+    pipeline.set_window("table", "telemetry.minutes_so_far");
+    pipeline.remove_window("telemetry.early").add_window(&early("late", "append"));
     produce(3);
-    pipeline.run();
     close(5);
     pipeline.run();
-    let after = found(&pipeline);
-    let [(minutes_early, minutes_closed, minutes), (early_early, early_closed, early)] = after;
-    assert!(minutes_early > 0 && minutes_closed > 0 && early_early > 0 && (8..=9).contains(&early_closed), "{after:?}");
-    assert_eq!((minutes, early), (2_000, 2_000), "{after:?}");
-
-    modes(&mut pipeline, "append", "update");
-    produce(6);
-    close(8);
-    pipeline.run();
-    let back = found(&pipeline);
-    assert_eq!((back[0].2, back[1].2), (3_000, 3_000), "{back:?}");
-    assert_eq!((back[0].0, back[1].1), (minutes_early, early_closed), "nothing new of the earlier mode: {back:?}");
-    assert!(back[0].1 > minutes_closed && back[1].0 > early_early, "{back:?}");
+    let tables = pipeline.tables();
+    let newest = "(select *, row_number() over (partition by window_start, device_id order by revision desc) as n \
+                  from {telemetry.minutes_so_far})";
+    let sums: Vec<(i64, i64, i64)> = tables.query(&format!(
+        "select (select sum(events) from {newest} where n = 1)::bigint, \
+         (select sum(events) from {{telemetry.late}})::bigint, (select sum(events) from {{telemetry.device_minutes}})::bigint"
+    ));
+    assert_eq!(sums, [(1_000, 1_000, 1_000)]);
 }
 
 /// What is safe is named and goes on; a topic that is left out is refused.
