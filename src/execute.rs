@@ -216,9 +216,12 @@ fn panicked() -> Error {
     Error::Internal("a worker panicked; the message is in the log".into())
 }
 
+/// Files by table, in the order of [`Pipeline::tables`].
+type TableFiles = Vec<(usize, Vec<DataFile>)>;
+
 /// What one worker did.
 struct Output {
-    files: Vec<(usize, Vec<DataFile>)>,
+    files: TableFiles,
     counts: Counts,
     event_times: EventTimes,
     times: WorkerTimes,
@@ -248,7 +251,7 @@ impl Account {
         output.times.0.into_iter().for_each(|(stage, took)| self.workers.add(stage, took));
     }
 
-    fn files(&mut self, files: Vec<(usize, Vec<DataFile>)>) {
+    fn files(&mut self, files: TableFiles) {
         for (table, files) in files {
             self.files[table].extend(files);
         }
@@ -281,7 +284,7 @@ impl Writers<'_> {
     }
 
     /// The files, and the time that writing has taken.
-    fn finish(self) -> Result<(Vec<(usize, Vec<DataFile>)>, Duration), Error> {
+    fn finish(self) -> Result<(TableFiles, Duration), Error> {
         let started = Instant::now();
         let files = self.open.into_iter().map(|(table, writer)| Ok((table, writer.finish()?)));
         let files = files.collect::<Result<_, Error>>()?;
