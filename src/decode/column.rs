@@ -349,7 +349,7 @@ impl Column {
         Ok(())
     }
 
-    #[inline(always)]
+    #[inline]
     fn push_string(&mut self, t: &TextType, found: &[u8], packed: Packed) -> Result<(), Reason> {
         if t.only.as_ref().is_some_and(|only| !only.contains(found, packed)) {
             return Err(Reason::NotInEnum);

@@ -112,7 +112,7 @@ impl Decoder {
     }
 
     /// Appends one row to all columns, or fails and leaves some of them longer than `rows`.
-    #[inline(always)]
+    #[inline]
     fn record(
         &mut self,
         schema: &Schema,
@@ -150,7 +150,7 @@ impl Decoder {
 }
 
 /// The payload as text; `ascii`: it is known to be.
-#[inline(always)]
+#[inline]
 fn readable(payload: Option<&[u8]>, ascii: bool) -> Scan<&[u8]> {
     let Some(payload) = payload else {
         return Err(Fault::new(Reason::NullValue, "$", "the record has no value (a tombstone)"));
