@@ -181,7 +181,7 @@ fn shares(log: &str, field: &str) -> String {
     let mut sums: BTreeMap<String, u64> = BTreeMap::new();
     for line in log.lines().filter(|line| line.contains("milliseconds of the batch")) {
         let line: serde_json::Value = serde_json::from_str(line).unwrap();
-        let millis = line["fields"][field].as_str().expect("the field");
+        let millis = line[field].as_str().expect("the field");
         let millis: BTreeMap<String, u64> = serde_json::from_str(millis).unwrap();
         millis.into_iter().for_each(|(stage, ms)| *sums.entry(stage).or_default() += ms);
     }
