@@ -418,6 +418,7 @@ mod tests {
                 ]
                 .into(),
             },
+            reread: None,
             windows: Default::default(),
             definition: Default::default(),
             state: Vec::new(),

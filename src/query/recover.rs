@@ -79,6 +79,11 @@ impl Session {
         }
         let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
         let event_times = recovered.commit.as_ref().map(|c| c.event_times.clone()).unwrap_or_default();
+        // From before there was one: begins anew where nothing is open, and is not known else.
+        let reread = recovered.commit.as_ref().and_then(|c| match &c.reread {
+            None if c.state.is_empty() => None,
+            known => Some(known.clone().unwrap_or_default()),
+        });
         let (queries, workers) = (pipeline.queries.clone(), pipeline.workers);
         let numbers = Numbers::of(&changes.windows, queries.iter().map(WindowQuery::table));
         let reader = Reader::new(checkpoint.clone(), Handle::current(), numbers);
@@ -116,6 +121,7 @@ impl Session {
             windows: changes.windows,
             last,
             event_times,
+            reread,
             pending,
             in_tables,
             bytes_per_record,
