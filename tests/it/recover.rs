@@ -438,3 +438,81 @@ fn sessions_are_refused_or_dropped_alone() {
         windows_are_true(&pipeline);
     }
 }
+
+/// One type keeps its rows, the other does not: each comes back by its own road, and one watermark serves both.
+#[test]
+fn each_type_comes_back_by_its_own_road() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    broker.create_topic("recover_types", 2, &[]);
+    let at = |i: i64| format!("2026-03-01T00:{:02}:{:02}Z", i / 60, i % 60);
+    let value = |i: i64| match i % 4 {
+        0 => json!({"kind": "alert", "at": at(i), "code": i}),
+        1 => json!({"kind": "reading", "at": at(i), "code": "none"}),
+        2 => json!({"kind": "other"}),
+        _ => json!({"kind": "reading", "at": at(i), "code": i}),
+    };
+    let record = |i: i64| Rec {
+        partition: Some((i % 3 % 2) as i32),
+        value: Some(value(i).to_string().into_bytes()),
+        ..Rec::default()
+    };
+    broker.produce_records("recover_types", (0..1_200).map(record));
+    let run = |lose: bool| {
+        let mut pipeline = Pipeline::new(&broker.bootstrap, "recover_types");
+        let schema = r#"{"type": "object", "required": ["at", "code"], "properties": {"kind": {"type": "string"},
+            "at": {"type": "string", "format": "date-time"}, "code": {"type": "integer"}}}"#;
+        fs::write(pipeline.dir().join("schema.json"), schema).unwrap();
+        let types: toml::Table = r#"
+            [[types]]
+            name = "reading"
+            field = "kind"
+            equals = "reading"
+            schema = "schema.json"
+            table = "fleet.readings"
+            [[types]]
+            name = "alert"
+            field = "kind"
+            equals = "alert"
+            schema = "schema.json"
+            [[windows]]
+            type = "reading"
+            table = "fleet.reading_windows"
+            size = "5 minutes"
+            aggregates = { n = "count(*)", codes = "sum(code)" }
+            [[windows]]
+            type = "alert"
+            table = "fleet.alert_windows"
+            size = "5 minutes"
+            slide = "1 minute"
+            aggregates = { n = "count(*)", codes = "sum(code)" }
+            "#
+        .parse()
+        .unwrap();
+        pipeline.remove("schema").remove("rows").remove("windows");
+        for (key, value) in types {
+            pipeline.set(&key, value);
+        }
+        pipeline.set("event_time.column", "at").set("event_time.watermark_delay", "1 minutes");
+        pipeline.set("dead_letters.table", "fleet.dead_letters").set("source.max_offsets_per_trigger", 300);
+        for nth in [2, 1] {
+            pipeline.run_failing(&format!("tidy:kill:{nth}")).expect_killed();
+            if lose {
+                lose_checkpoint(&pipeline);
+                recover(&pipeline)
+                    .expect_code(0)
+                    .expect_output(&["rows of fleet.readings", "records of Kafka, offsets recover_types-0 ["]);
+            }
+        }
+        pipeline.run();
+        let of = |table: &str| -> Vec<(i64, i64, i64)> {
+            pipeline
+                .tables()
+                .query(&format!("select epoch_ms(window_start), n, codes::bigint from {{{table}}} order by all"))
+        };
+        [of("fleet.reading_windows"), of("fleet.alert_windows")]
+    };
+    let (undisturbed, recovered) = (run(false), run(true));
+    assert!(undisturbed.iter().all(|windows| windows.len() > 2), "{undisturbed:?}");
+    assert_eq!(undisturbed, recovered);
+}
