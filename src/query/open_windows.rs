@@ -376,14 +376,14 @@ impl Letters {
             return Ok(Letters { refused: Places::new(), shared_with: None });
         };
         let topics = |progress: &str| -> Option<BTreeSet<Arc<str>>> {
-            let progress: Progress = serde_json::from_str(progress).ok()?;
+            let progress = Progress::of_property(progress).ok()?;
             let plan = of.checkpoint.decode_plan(progress.plan).ok()?.plan;
             Some(plan.ranges.into_keys().map(|tp| tp.topic).collect())
         };
         let ours: BTreeSet<Arc<str>> = of.logged.plan.ranges.keys().map(|tp| tp.topic.clone()).collect();
         let reads_the_same = |id: &Uuid| {
             // From one that does not say what it reads anything may be.
-            table.property(&property(*id)).and_then(topics).is_none_or(|theirs| !theirs.is_disjoint(&ours))
+            table.property(*id, &property(*id)).and_then(topics).is_none_or(|theirs| !theirs.is_disjoint(&ours))
         };
         let others = table.markers().into_iter().map(|(id, _)| id).filter(|id| *id != of.query_id);
         let shared_with = others.into_iter().find(reads_the_same);

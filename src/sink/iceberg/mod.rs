@@ -134,12 +134,9 @@ impl IcebergSink {
         let file_io = storage.file_io();
         let there = open_read_only(catalog, &storage).await?;
         agree(&found(there.as_deref(), query_id, specs).await?)?;
-        let catalog: Arc<dyn Catalog> = match (catalog, there) {
+        let catalog = match (catalog, there) {
             (CatalogConfig::Rest(_), Some(there)) => there,
-            (CatalogConfig::Rest(rest), None) => Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?),
-            (CatalogConfig::Sqlite { path, warehouse }, _) => {
-                Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
-            }
+            _ => open_catalog(catalog, &storage).await?,
         };
         let tables = plan::carry_out(catalog.as_ref(), pipeline, specs)
             .await?
@@ -250,6 +247,16 @@ impl Inner {
     }
 }
 
+/// Creates the embedded catalog where there is none yet.
+async fn open_catalog(catalog: &CatalogConfig, storage: &TableStorage) -> Result<Arc<dyn Catalog>, Error> {
+    Ok(match catalog {
+        CatalogConfig::Sqlite { path, warehouse } => {
+            Arc::new(sqlite::SqliteCatalog::open(path, warehouse, storage.file_io()).await?)
+        }
+        CatalogConfig::Rest(rest) => Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?),
+    })
+}
+
 /// A catalog to look at only. None where there is no catalog yet.
 async fn open_read_only(catalog: &CatalogConfig, storage: &TableStorage) -> Result<Option<Arc<dyn Catalog>>, Error> {
     Ok(match catalog {
@@ -280,15 +287,23 @@ async fn found(catalog: Option<&dyn Catalog>, query_id: Uuid, specs: &[TableSpec
     Ok(found)
 }
 
-/// Every query's marker.
+/// Every query's marker, by property or by tag.
 fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
     let marker = |(key, json): (&String, &String)| {
         let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok()?;
         Some((id, serde_json::from_str(json).ok()?))
     };
-    let mut markers: Vec<(Uuid, Marker)> = metadata.properties().iter().filter_map(marker).collect();
-    markers.sort_by_key(|(id, _)| *id);
-    markers
+    let mut markers: BTreeMap<Uuid, Marker> = metadata.properties().iter().filter_map(marker).collect();
+    for snapshot in metadata.snapshots() {
+        for (id, marker) in snapshot.summary().additional_properties.iter().filter_map(marker) {
+            let tagged = metadata.snapshot_for_ref(&commit::marker_tag(id));
+            let newer = markers.get(&id).is_none_or(|known| known.batch < marker.batch);
+            if newer && tagged.is_some_and(|tagged| tagged.snapshot_id() == snapshot.snapshot_id()) {
+                markers.insert(id, marker);
+            }
+        }
+    }
+    markers.into_iter().collect()
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
