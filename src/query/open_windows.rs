@@ -195,7 +195,7 @@ impl Reopening<'_> {
         }
 
         for (of, table, active) in rows_tables {
-            let rows = self.from_rows(of, &table, active.clone().into(), &letters.refused, deltas).await?;
+            let rows = self.read_rows(of, &table, active.clone().into(), &letters.refused, deltas).await?;
             for query in active {
                 set(&mut roads, query, Road::Rows { table: table.name(), rows });
             }
@@ -281,7 +281,7 @@ impl Reopening<'_> {
     }
 
     /// How many rows there were.
-    async fn from_rows(
+    async fn read_rows(
         &self,
         of: &MessageType,
         table: &PinnedTable,

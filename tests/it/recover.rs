@@ -355,7 +355,8 @@ fn records_refused_for_their_time_stay_refused() {
 /// Windows as the truth has them, but for those that `recover` has said lack rows.
 fn windows_lack_what_was_said(pipeline: &Pipeline, recovered: &Ended) {
     let end_after = millis(said(recovered, "that end after "));
-    let latest = millis(recovered.output.split(" to ").nth(1).and_then(|t| t.split_whitespace().next()).unwrap());
+    let (_, times) = recovered.output.split_once("event times from ").unwrap();
+    let latest = millis(times.split_whitespace().nth(2).unwrap());
     let (found, truth) = (windows(&pipeline.tables()), telemetry().truth().closed(pipeline.delay_ms()));
     let untouched = |of: &BTreeMap<(i64, u64), Window>| {
         let untouched = of.iter().filter(|((start, _), _)| start + 60_000 <= end_after || *start > latest);
