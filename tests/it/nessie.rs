@@ -115,7 +115,7 @@ fn killed_at_one_step_after_the_other() {
     for name in [ROWS, WINDOWS, DEAD_LETTERS] {
         assert!(pipeline.tables().table(name).rows.is_some_and(|rows| rows > 0), "PyIceberg reads {name}");
     }
-    let checked = pipeline.check().expect_code(0).expect_output(&["keeps properties", "appear together"]);
+    let checked = pipeline.check().expect_code(0).expect_output(&["keeps properties", "appear one after another"]);
     assert!(!checked.output.contains(SECRET), "{}", checked.output);
 }
 
