@@ -29,7 +29,8 @@ FROM debian:bookworm-slim
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends ca-certificates libssl3 \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --system --uid 10001 --user-group --home-dir /var/lib/floe --create-home floe
+ && groupadd --system --gid 10001 floe \
+ && useradd --system --uid 10001 --gid floe --home-dir /var/lib/floe --create-home floe
 COPY --from=build /usr/local/bin/floe /usr/local/bin/floe
 COPY config/telemetry.toml /etc/floe/config/telemetry.toml
 COPY schemas /etc/floe/schemas
