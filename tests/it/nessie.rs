@@ -156,7 +156,7 @@ fn maintenance_leaves_the_history_alone() {
     let proxy = Proxy::start(&nessie.server.address, move |request: &Request| {
         if request.is_commit() && !request.body.contains("floe.probe") {
             commits += 1;
-            if commits % 4 == 3 {
+            if commits % 6 == 3 {
                 competitor.touch(ROWS);
             }
         }
@@ -165,7 +165,7 @@ fn maintenance_leaves_the_history_alone() {
     let mut pipeline = nessie.pipeline("nessie_history", Some(&proxy));
     nessie.credential(&mut pipeline);
     pipeline
-        .set("source.max_offsets_per_trigger", 200)
+        .set("source.max_offsets_per_trigger", 500)
         .set("maintenance.enabled", false)
         .set("maintenance.max_snapshots", 2)
         .set("maintenance.compact_min_files", 4);
