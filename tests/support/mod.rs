@@ -10,6 +10,7 @@ pub mod proxy;
 pub mod reader;
 pub mod s3;
 pub mod telemetry;
+pub mod tls;
 
 use std::sync::{Condvar, Mutex};
 
