@@ -105,8 +105,8 @@ fn filters_prune_files_and_lose_no_row() {
         written.tables().all_agree(TABLE, "id", Some(&rows), None, Some(&unfiltered));
         spark.filters(TABLE, &unfiltered, values)
     };
-    checked((0..6).map(|i| without_time(&extremes(i * 20..i * 20 + 20, false))).collect(), 6);
-    let fewest = checked((0..4).map(|i| without_time(&growing(i * 25..i * 25 + 25, false))).collect(), 3);
+    checked((0..3).map(|i| without_time(&extremes(i * 20..i * 20 + 20, false))).collect(), 3);
+    let fewest = checked((0..4).map(|i| without_time(&growing(i * 25..i * 25 + 25, false))).collect(), 1);
     for (column, files) in &fewest {
         // There are but two values of it.
         assert_eq!(*files, if column == "flag" { 4 } else { 1 }, "{column}");
@@ -191,11 +191,15 @@ fn partition_values_are_those_that_spark_computes() {
         written.tables().all_agree(table, "id", Some(std::slice::from_ref(&rows)), None, Some(&all));
         for expression in partition_by {
             let (name, computed) = by_spark(expression);
-            let elsewhere: Vec<(u64, u64)> = spark.sql(&format!(
-                "SELECT count_if(NOT (_partition.`{name}` <=> {computed})), count(DISTINCT {computed}) FROM {table}"
+            // A decimal that is truncated to one digit more is null for Spark, on both sides, and not equal.
+            let elsewhere = spark.try_sql(&format!(
+                "SELECT DISTINCT _partition.`{name}`, {computed} FROM {table} \
+                 WHERE NOT (_partition.`{name}` <=> {computed}) \
+                 AND (_partition.`{name}` IS NOT NULL OR {computed} IS NOT NULL)"
             ));
-            assert_eq!(elsewhere[0].0, 0, "{table}: {expression}");
-            assert!(elsewhere[0].1 > 1, "{table}: {expression}: {elsewhere:?}");
+            assert_eq!(elsewhere, Ok(serde_json::json!([])), "{table}: {expression}: found and expected");
+            let partitions: Vec<(u64,)> = spark.sql(&format!("SELECT count(DISTINCT {computed}) FROM {table}"));
+            assert!(partitions[0].0 > 1, "{table}: {expression}");
         }
     }
 }

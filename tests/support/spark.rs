@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -57,13 +57,15 @@ impl Spark {
     }
 
     fn ask(&self, op: &str, mut request: Value) -> Result<Value, String> {
-        static SPARK: OnceLock<Mutex<Helper>> = OnceLock::new();
-        let spark = SPARK.get_or_init(|| Mutex::new(start()));
+        static SPARK: Mutex<Option<Helper>> = Mutex::new(None);
         request["op"] = op.into();
         request["catalog"] = json!(self.catalog);
-        let mut spark = spark.lock().unwrap_or_else(PoisonError::into_inner);
-        let answer = spark.ask(&request, TIMEOUT);
-        let mut answer = answer.ok_or_else(|| format!("spark.py gave no answer within {TIMEOUT:?} to {request}"))?;
+        let mut spark = SPARK.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut answer) = spark.get_or_insert_with(start).ask(&request, TIMEOUT) else {
+            // A late answer would be taken for the next one's.
+            *spark = None;
+            return Err(format!("spark.py gave no answer within {TIMEOUT:?} to {request}"));
+        };
         match answer.get("error") {
             Some(error) => Err(format!("{}\nrequest: {request}", error.as_str().unwrap_or_default())),
             None => Ok(answer["ok"].take()),
