@@ -9,6 +9,7 @@
 pub mod changes;
 mod compaction;
 mod hold;
+mod packed;
 mod progress;
 mod rebuild;
 mod recover;
@@ -562,8 +563,8 @@ impl Session {
             event_times: event_times.clone(),
             dead_letter_topic: query.config.dead_letter_topic.clone(),
         };
-        let progress = serde_json::to_string(&progress).map_err(|e| Error::Internal(e.to_string()))?;
-        let mut properties = BTreeMap::from([(rebuild::property(self.checkpoint.query_id()), progress)]);
+        let progress = (rebuild::property(self.checkpoint.query_id()), progress.to_property()?);
+        let mut properties = BTreeMap::from([progress]);
         if let Some(evict_ms) = plan.watermarks.evict_ms.filter(|_| !query.pipeline.windows.is_empty()) {
             properties.insert(VALID_THROUGH.to_string(), telemetry::rfc3339(evict_ms));
         }

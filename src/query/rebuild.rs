@@ -19,7 +19,7 @@ use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::blocking;
+use super::{blocking, packed};
 use crate::batch::{BatchId, Offsets, TopicPartition};
 use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateKind, WindowStates};
 use crate::clock;
@@ -42,7 +42,7 @@ pub(super) fn property(query_id: Uuid) -> String {
     format!("{}.progress", marker_property(query_id))
 }
 
-/// What the checkpoint knows of a batch beside its open windows: the JSON value of the table property
+/// What the checkpoint knows of a batch beside its open windows: the value, packed JSON, of the table property
 /// `floe.<query-id>.progress`, set with the marker.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Progress {
@@ -52,6 +52,17 @@ pub(super) struct Progress {
     pub event_times: EventTimeProgress,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_letter_topic: Option<String>,
+}
+
+impl Progress {
+    pub fn to_property(&self) -> Result<String, Error> {
+        let json = serde_json::to_string(self).map_err(|e| Error::Internal(e.to_string()))?;
+        packed::pack(json).map_err(|e| Error::Internal(e.to_string()))
+    }
+
+    fn of_property(text: &str) -> Result<Progress, String> {
+        serde_json::from_str(&packed::unpack(text)?).map_err(|e| e.to_string())
+    }
 }
 
 /// What was rebuilt.
@@ -222,14 +233,14 @@ fn progress_of(
 ) -> Result<Option<(Progress, LoggedPlan)>, Error> {
     let mut said: Option<(&str, &Marker, Progress, LoggedPlan)> = None;
     for (name, Found { table, marker }) in found.iter().filter(|(_, f)| f.marker.batch == batch) {
-        let Some(json) = table.property(&property(query_id)) else {
+        let Some(json) = table.property(query_id, &property(query_id)) else {
             return Err(refused(format!(
                 "table {name} has batch {batch}, but no property {}: it was written by a version of Floe that did not keep \
                  there what a checkpoint is rebuilt from",
                 property(query_id)
             )));
         };
-        let progress: Progress = serde_json::from_str(json)
+        let progress = Progress::of_property(json)
             .map_err(|e| refused(format!("table {name}: cannot read property {}: {e}", property(query_id))))?;
         let logged = checkpoint.decode_plan(progress.plan.clone())?;
         if marker.plan.split('+').next() != Some(logged.digest.as_str()) || logged.plan.batch != batch {
@@ -423,5 +434,53 @@ impl Kept {
         let rows = RecordBatch::try_new(columns.clone(), arrays.collect::<Result<_, _>>()?);
         let rows = rows.map_err(|e| strange(&e.to_string()))?;
         filter_record_batch(&rows, &BooleanArray::from(keep)).map_err(|e| strange(&e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{MicroBatch, OffsetRange};
+    use crate::window::watermark::PartitionTime;
+
+    /// The property is in every version of every table's metadata.
+    #[test]
+    fn a_thousand_partitions_make_no_large_property() {
+        let partition = |n: i64| TopicPartition::new("telemetry", n as i32);
+        // Offsets and times that no two partitions share.
+        let odd = |n: i64, of: i64| (n + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15_u64 as i64).rem_euclid(of);
+        let ranges = (0..1000).map(|n| {
+            let start = 1_000_000_000 + odd(n, 1_000_000_000);
+            (partition(n), OffsetRange { start, end: start + odd(n, 100_000) })
+        });
+        let left_behind = (0..1000).map(|n| (partition(n), odd(n, 1_000_000) as u64));
+        let times = (0..1000).map(|n| {
+            let max_event_time_ms = Some(1_767_225_600_000 + odd(n, 600_000));
+            (partition(n), PartitionTime { max_event_time_ms, active_at_ms: 1_767_225_600_000, barren_ms: None })
+        });
+        let plan = MicroBatch {
+            batch: 1_000_000,
+            epoch: 12,
+            trigger_time_ms: 1_767_225_600_000,
+            config_fingerprint: "0123456789abcdef".repeat(4),
+            ranges: ranges.collect(),
+            gaps: Vec::new(),
+            topic_ids: BTreeMap::new(),
+            watermarks: Default::default(),
+            left_behind: left_behind.collect(),
+            held_by: None,
+            tables: BTreeMap::from([("telemetry.events".to_string(), Uuid::new_v4())]),
+        };
+        let progress = Progress {
+            plan: serde_json::to_string(&plan).unwrap(),
+            watermark_next_ms: Some(1_767_225_600_000),
+            event_times: EventTimeProgress { partitions: times.collect(), records_since_ms: 1_767_225_600_000 },
+            dead_letter_topic: None,
+        };
+        let (json, property) = (serde_json::to_string(&progress).unwrap(), progress.to_property().unwrap());
+        assert_eq!(Progress::of_property(&property).unwrap(), progress);
+        assert_eq!(Progress::of_property(&json).unwrap(), progress);
+        println!("{} bytes, of {} in JSON", property.len(), json.len());
+        assert!(property.len() < 64 << 10, "{} bytes, of {} in JSON", property.len(), json.len());
     }
 }

@@ -224,15 +224,19 @@ fn a_stale_process_commits_late() {
     }
 }
 
+fn refuse_properties(request: &Request) -> Fault {
+    match request.body.contains("\"set-properties\"") {
+        true => Fault::Refuse(403, "no custom properties here".into()),
+        false => Fault::Pass,
+    }
+}
+
 /// A catalog that takes no properties gets a tag.
 #[test]
 fn a_catalog_that_refuses_properties_gets_a_tag() {
     let _turn = turn();
     let server = RestServer::start();
-    let proxy = Proxy::start(&server.address, |request| match request.body.contains("\"set-properties\"") {
-        true => Fault::Refuse(403, "no custom properties here".into()),
-        false => Fault::Pass,
-    });
+    let proxy = Proxy::start(&server.address, refuse_properties);
     let pipeline = pipeline(&proxy.uri, &server);
     for step in ["commit.committed", "commit_log.after_put"] {
         pipeline.run_failing(&format!("{step}:kill")).expect_killed();
@@ -244,8 +248,29 @@ fn a_catalog_that_refuses_properties_gets_a_tag() {
         assert!(table.properties.keys().all(|key| !key.starts_with("floe.")), "{:?}", table.properties);
         let metadata = fs::read_to_string(table.metadata_location.trim_start_matches("file:")).unwrap();
         assert!(metadata.contains("\"floe-"), "{metadata}");
+        let newest = table.snapshots.last().unwrap();
+        assert!(newest.summary.contains_key("floe.valid-through"), "{:?}", newest.summary);
     }
     pipeline.check().expect_code(0).expect_output(&["no custom properties here", "a tag on the last snapshot"]);
+}
+
+/// What a batch leaves for readers and for a lost checkpoint is with the tag then.
+#[test]
+fn a_checkpoint_is_rebuilt_by_the_tag() {
+    let _turn = turn();
+    let server = RestServer::start();
+    let proxy = Proxy::start(&server.address, refuse_properties);
+    let pipeline = pipeline(&proxy.uri, &server);
+    for step in ["commit.committed:kill:2", "tidy:kill:2"] {
+        pipeline.run_failing(step).expect_killed();
+        fs::remove_dir_all(pipeline.checkpoint()).unwrap();
+        // The tag tells a lost checkpoint as well as the property does.
+        pipeline.spawn().wait().expect_code(3).expect_output(&["floe recover --from-table"]);
+        let _ = fs::remove_dir_all(pipeline.checkpoint());
+        pipeline.floe(&["recover", "--from-table"]).expect_code(0).expect_output(&["done: up to batch"]);
+    }
+    pipeline.run();
+    everything_once(&pipeline);
 }
 
 #[test]
@@ -267,6 +292,29 @@ fn a_table_evolves() {
     everything_once(&pipeline);
     let columns = pipeline.tables().table(ROWS).columns;
     assert!(columns.iter().any(|(name, kind, _)| name == "firmware" && kind == "string"), "{columns:?}");
+}
+
+#[test]
+fn tables_are_maintained() {
+    let _turn = turn();
+    let server = RestServer::start();
+    let mut pipeline = pipeline(&server.uri, &server);
+    pipeline
+        .set("source.max_offsets_per_trigger", 200)
+        .set("maintenance.enabled", false)
+        .set("maintenance.max_snapshots", 3)
+        .set("maintenance.compact_min_files", 4);
+    pipeline.run();
+    let before = pipeline.tables().table(ROWS);
+    assert!(before.snapshots.len() > 10, "{}", before.snapshots.len());
+    pipeline.maintain(&[]).expect_code(0);
+    let after = pipeline.tables().table(ROWS);
+    assert!(after.snapshots.len() <= 5, "{}", after.snapshots.len());
+    assert!(after.snapshots.iter().any(|s| s.summary.contains_key("deleted-data-files")), "{:?}", after.snapshots);
+    everything_once(&pipeline);
+    pipeline.set("maintenance.enabled", true);
+    pipeline.run();
+    everything_once(&pipeline);
 }
 
 #[test]

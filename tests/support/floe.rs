@@ -283,6 +283,13 @@ impl Pipeline {
         Floe::start(command, self.dir(), 2_000, String::new()).wait()
     }
 
+    /// Any other command, with the pipeline's file behind its arguments, to its end.
+    pub fn floe(&self, arguments: &[&str]) -> Ended {
+        let mut command = self.command();
+        command.args(arguments).arg(self.config_file());
+        Floe::start(command, self.dir(), 3_000, String::new()).wait()
+    }
+
     fn next_run(&self) -> u32 {
         self.runs.set(self.runs.get() + 1);
         self.runs.get()

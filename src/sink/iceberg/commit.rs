@@ -40,17 +40,34 @@ pub struct Marker {
     pub plan: String,
 }
 
-/// What holds the marker of a table: a property, because it outlives snapshot expiry, compaction by others and
-/// rollbacks. Where the catalog takes none, a tag of the same name with a dash on the last snapshot, whose summary has the
-/// marker.
+/// What holds the marker of a table, and whatever else a batch sets: properties, because they outlive snapshot expiry,
+/// compaction by others and rollbacks. Where the catalog takes none, a tag of the marker's name with a dash on the last
+/// snapshot, whose summary has what the properties would have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
     Property,
     Tag,
 }
 
+impl Carrier {
+    pub(super) fn property<'a>(self, metadata: &'a TableMetadata, query_id: Uuid, name: &str) -> Option<&'a str> {
+        let found = match self {
+            Carrier::Property => metadata.properties().get(name),
+            Carrier::Tag => {
+                let tagged = metadata.snapshot_for_ref(&marker_tag(query_id));
+                tagged.and_then(|snapshot| snapshot.summary().additional_properties.get(name))
+            }
+        };
+        found.map(String::as_str)
+    }
+}
+
 pub fn marker_property(query_id: Uuid) -> String {
     format!("floe.{query_id}")
+}
+
+pub fn marker_tag(query_id: Uuid) -> String {
+    format!("floe-{query_id}")
 }
 
 #[derive(Clone, Debug)]
@@ -168,36 +185,12 @@ impl Inner {
     /// The last batch of this query that the table has, by property or by tag. A marker that cannot be read must not pass
     /// for a table without one.
     pub(super) fn marker(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<Marker>, Error> {
-        Ok(self.carried(table, metadata)?.map(|(_, marker)| marker))
-    }
-
-    fn carried(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<(Carrier, Marker)>, Error> {
-        let tagged = metadata.snapshot_for_ref(&self.marker_tag());
-        let of_tag = tagged.and_then(|snapshot| snapshot.summary().additional_properties.get(&self.marker_property));
-        let of_property = metadata.properties().get(&self.marker_property);
-        let mut newest: Option<(Carrier, Marker)> = None;
-        for (carrier, json) in [(Carrier::Property, of_property), (Carrier::Tag, of_tag)] {
-            let Some(json) = json else { continue };
-            let marker: Marker = serde_json::from_str(json).map_err(|e| {
-                Error::fatal(format!(
-                    "table {table}: {} does not say which batch it has ({e}): {json}",
-                    self.marker_property
-                ))
-            })?;
-            if newest.as_ref().is_none_or(|(_, newest)| newest.batch < marker.batch) {
-                newest = Some((carrier, marker));
-            }
-        }
-        Ok(newest)
-    }
-
-    fn marker_tag(&self) -> String {
-        format!("floe-{}", self.query_id)
+        Ok(carried(table, metadata, self.query_id)?.map(|(_, marker)| marker))
     }
 
     /// What carries the marker; tried out the first time that a table gets one from this query.
     async fn carrier(&self, table: &TableName, metadata: &TableMetadata) -> Result<Carrier, Error> {
-        if let Some((carrier, _)) = self.carried(table, metadata)? {
+        if let Some((carrier, _)) = carried(table, metadata, self.query_id)? {
             return Ok(carrier);
         }
         if self.catalog.guards_properties() {
@@ -210,7 +203,7 @@ impl Inner {
         let carrier = match probe::properties(self.catalog.as_ref(), table).await? {
             probe::Properties::Kept => Carrier::Property,
             probe::Properties::Refused(why) => {
-                let tag = self.marker_tag();
+                let tag = marker_tag(self.query_id);
                 tracing::warn!(table = %table, why, tag, "the catalog keeps no property of Floe's; a tag carries the marker");
                 Carrier::Tag
             }
@@ -271,6 +264,9 @@ impl Inner {
         // Without files too where nothing else keeps a late request from setting the marker back.
         if !files.is_empty() || !self.catalog.guards_properties() {
             let mut properties: HashMap<String, String> = commit.summary.clone().into_iter().collect();
+            if carrier == Carrier::Tag {
+                properties.extend(commit.properties.clone());
+            }
             properties.insert(self.marker_property.clone(), marker.clone());
             let appended = self.append(table, &loaded.metadata, files, properties, &mut manifests).await;
             snapshot = Some(appended.map_err(failed)?);
@@ -288,7 +284,8 @@ impl Inner {
                 if carrier == Carrier::Tag {
                     // For ever, whatever the table says about tags: an engine that expires must not take it away.
                     let retention = SnapshotRetention::Tag { max_ref_age_ms: Some(i64::MAX) };
-                    builder = builder.set_ref(&self.marker_tag(), SnapshotReference { snapshot_id, retention })?;
+                    builder =
+                        builder.set_ref(&marker_tag(self.query_id), SnapshotReference { snapshot_id, retention })?;
                 }
             }
             Ok(builder)
@@ -416,6 +413,26 @@ impl Inner {
     pub(super) async fn forget(&self, written: impl Iterator<Item = String>) {
         delete_all(&self.file_io, written.collect()).await;
     }
+}
+
+/// The last batch of a query that the table has, and what says so.
+pub(super) fn carried(
+    table: &TableName,
+    metadata: &TableMetadata,
+    query_id: Uuid,
+) -> Result<Option<(Carrier, Marker)>, Error> {
+    let mut newest: Option<(Carrier, Marker)> = None;
+    for carrier in [Carrier::Property, Carrier::Tag] {
+        let property = marker_property(query_id);
+        let Some(json) = carrier.property(metadata, query_id, &property) else { continue };
+        let marker: Marker = serde_json::from_str(json).map_err(|e| {
+            Error::fatal(format!("table {table}: {property} does not say which batch it has ({e}): {json}"))
+        })?;
+        if newest.as_ref().is_none_or(|(_, newest)| newest.batch < marker.batch) {
+            newest = Some((carrier, marker));
+        }
+    }
+    Ok(newest)
 }
 
 /// The snapshot that a batch has added, of the query whose marker is the property.

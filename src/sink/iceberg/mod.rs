@@ -121,12 +121,7 @@ impl IcebergSink {
     ) -> Result<IcebergSink, Error> {
         let storage = TableStorage::default();
         let file_io = storage.file_io();
-        let catalog: Arc<dyn Catalog> = match catalog {
-            CatalogConfig::Sqlite { path, warehouse } => {
-                Arc::new(sqlite::SqliteCatalog::open(path, warehouse, file_io.clone()).await?)
-            }
-            CatalogConfig::Rest(rest) => Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?),
-        };
+        let catalog = open_catalog(catalog, &storage).await?;
         let tables = plan::carry_out(catalog.as_ref(), pipeline, specs)
             .await?
             .into_iter()
@@ -236,6 +231,16 @@ impl Inner {
     }
 }
 
+/// Creates the embedded catalog where there is none yet.
+async fn open_catalog(catalog: &CatalogConfig, storage: &TableStorage) -> Result<Arc<dyn Catalog>, Error> {
+    Ok(match catalog {
+        CatalogConfig::Sqlite { path, warehouse } => {
+            Arc::new(sqlite::SqliteCatalog::open(path, warehouse, storage.file_io()).await?)
+        }
+        CatalogConfig::Rest(rest) => Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?),
+    })
+}
+
 /// A catalog to look at only. None where there is no catalog yet.
 async fn open_read_only(catalog: &CatalogConfig, storage: &TableStorage) -> Result<Option<Arc<dyn Catalog>>, Error> {
     Ok(match catalog {
@@ -247,15 +252,23 @@ async fn open_read_only(catalog: &CatalogConfig, storage: &TableStorage) -> Resu
     })
 }
 
-/// Every query's marker.
+/// Every query's marker, by property or by tag.
 fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
     let marker = |(key, json): (&String, &String)| {
         let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok()?;
         Some((id, serde_json::from_str(json).ok()?))
     };
-    let mut markers: Vec<(Uuid, Marker)> = metadata.properties().iter().filter_map(marker).collect();
-    markers.sort_by_key(|(id, _)| *id);
-    markers
+    let mut markers: BTreeMap<Uuid, Marker> = metadata.properties().iter().filter_map(marker).collect();
+    for snapshot in metadata.snapshots() {
+        for (id, marker) in snapshot.summary().additional_properties.iter().filter_map(marker) {
+            let tagged = metadata.snapshot_for_ref(&commit::marker_tag(id));
+            let newer = markers.get(&id).is_none_or(|known| known.batch < marker.batch);
+            if newer && tagged.is_some_and(|tagged| tagged.snapshot_id() == snapshot.snapshot_id()) {
+                markers.insert(id, marker);
+            }
+        }
+    }
+    markers.into_iter().collect()
 }
 
 fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {

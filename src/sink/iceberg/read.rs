@@ -20,6 +20,7 @@ use iceberg::{NamespaceIdent, Runtime, TableIdent};
 use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
+use super::commit::carried;
 use super::storage::TableStorage;
 use super::{IcebergSink, Marker, open_read_only};
 use crate::batch::BatchId;
@@ -64,8 +65,12 @@ impl PinnedTable {
         self.loaded.metadata.uuid()
     }
 
-    pub fn property(&self, name: &str) -> Option<&str> {
-        self.loaded.metadata.properties().get(name).map(String::as_str)
+    /// What the last batch of a query has set, be it a property of the table or, where the catalog keeps none, of the
+    /// snapshot that carries the marker.
+    pub fn property(&self, query_id: Uuid, name: &str) -> Option<&str> {
+        let metadata = &self.loaded.metadata;
+        let (carrier, _) = carried(&self.name, metadata, query_id).ok().flatten()?;
+        carrier.property(metadata, query_id, name)
     }
 
     /// The queries that have written to the table, each with the last batch that the table has of it.

@@ -14,7 +14,7 @@ use iceberg::spec::{
 };
 use uuid::Uuid;
 
-use super::expire::{ATTEMPTS, BACKOFF, fail_at};
+use super::expire::{ATTEMPTS, BACKOFF, fail_at, may_delete_files};
 use super::reach::read_all;
 use super::small::{Group, Partition, PartitionTime, Rules, SmallFile};
 use super::{Maintainer, Round, SUMMARY_PROPERTY, TableReport, rewrite};
@@ -33,6 +33,13 @@ pub(super) struct Found {
     pub groups: Vec<Group>,
     /// Manifests that were read: what they hold is known for ever.
     known: HashSet<String>,
+}
+
+impl Found {
+    /// A manifest that may hold anything.
+    fn is_new(&self, manifest: &ManifestFile, spec_id: i32) -> bool {
+        is_ours(manifest, spec_id) && !self.known.contains(&manifest.manifest_path)
+    }
 }
 
 impl Maintainer {
@@ -176,6 +183,7 @@ impl Maintainer {
     ) -> Result<bool, Error> {
         let failed = |e| iceberg_error("compact", table, e);
         let paths = || files.iter().map(|file| file.file_path().to_string()).collect::<Vec<_>>();
+        let mut deletes = true;
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 tokio::time::sleep(BACKOFF.delay(attempt - 1, random())).await;
@@ -193,7 +201,16 @@ impl Maintainer {
             match self.catalog.commit(&[change]).await {
                 Ok(()) => return Ok(true),
                 Err(CommitError::Conflict(_)) => {
-                    delete_all(&self.file_io, written).await;
+                    // A proxy that has sent the request twice gets a conflict with itself.
+                    let Some(now) = self.load(table).await? else { break };
+                    if self.has_replaced(&now.metadata, snapshot_id, layout, found, files).await.map_err(failed)? {
+                        return Ok(true);
+                    }
+                    // Where others keep a history that the table does not show, it may have been there and gone again.
+                    deletes = may_delete_files(&now.metadata);
+                    if deletes {
+                        delete_all(&self.file_io, written).await;
+                    }
                 }
                 // Whatever the table says now, the commit may still be on its way: nothing is deleted.
                 Err(CommitError::Failed(Error::Indeterminate { message })) => {
@@ -207,7 +224,35 @@ impl Maintainer {
             }
         }
         tracing::debug!(%table, "compacted files are dropped: others have changed the table");
-        delete_all(&self.file_io, paths()).await;
+        if deletes {
+            delete_all(&self.file_io, paths()).await;
+        }
+        Ok(false)
+    }
+
+    /// Whether this round's own commit is in the table. By its files too: a catalog may show the newest snapshot only, and
+    /// batches have gone on since.
+    async fn has_replaced(
+        &self,
+        now: &TableMetadata,
+        snapshot_id: i64,
+        layout: &FileLayout,
+        found: &Found,
+        files: &[DataFile],
+    ) -> iceberg::Result<bool> {
+        if now.snapshot_by_id(snapshot_id).is_some() {
+            return Ok(true);
+        }
+        let Some(current) = now.current_snapshot() else { return Ok(false) };
+        let written: HashSet<&str> = files.iter().map(|file| file.file_path()).collect();
+        let manifests = manifest_list(&self.file_io, now, current).await?.consume_entries().into_iter();
+        let new = manifests.filter(|m| found.is_new(m, layout.spec.spec_id())).collect();
+        let mut reading = read_all(&self.file_io, new);
+        while let Some((_, manifest)) = reading.next().await {
+            if manifest?.entries().iter().any(|entry| entry.is_alive() && written.contains(entry.file_path())) {
+                return Ok(true);
+            }
+        }
         Ok(false)
     }
 
@@ -241,9 +286,9 @@ impl Maintainer {
 
         // A batch may have merged manifests meanwhile: those that are new have to be looked into.
         let removed: HashSet<String> = group.files.iter().map(|file| file.path.clone()).collect();
-        let is_new = |m: &ManifestFile| is_ours(m, spec_id) && !found.known.contains(&m.manifest_path);
         let mut affected: HashSet<String> = group.files.iter().map(|file| file.manifest.to_string()).collect();
-        let mut reading = read_all(&self.file_io, manifests.iter().filter(|m| is_new(m)).cloned().collect());
+        let mut reading =
+            read_all(&self.file_io, manifests.iter().filter(|m| found.is_new(m, spec_id)).cloned().collect());
         while let Some((manifest, read)) = reading.next().await {
             if read?.entries().iter().any(|entry| entry.is_alive() && removed.contains(entry.file_path())) {
                 affected.insert(manifest.manifest_path);

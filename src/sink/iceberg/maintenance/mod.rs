@@ -24,8 +24,8 @@ use iceberg::io::FileIO;
 use serde::Serialize;
 
 use super::catalog::{Catalog, LoadedTable, TableName};
+use super::open_catalog;
 use super::storage::TableStorage;
-use super::{rest, sqlite};
 use crate::config::{CatalogConfig, MaintenanceConfig};
 use crate::sink::Error;
 
@@ -128,16 +128,12 @@ impl Maintainer {
     pub async fn open(catalog: &CatalogConfig, tables: &[String]) -> Result<Maintainer, Error> {
         let storage = TableStorage::default();
         let tables = tables.iter().map(|name| TableName::parse(name)).collect::<Result<_, _>>()?;
-        let catalog: Arc<dyn Catalog> = match catalog {
-            CatalogConfig::Sqlite { path, .. } if !path.exists() => {
-                return Err(Error::fatal(format!("there is no catalog at {}", path.display())));
-            }
-            CatalogConfig::Sqlite { path, warehouse } => {
-                Arc::new(sqlite::SqliteCatalog::open(path, warehouse, storage.file_io()).await?)
-            }
-            CatalogConfig::Rest(rest) => Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?),
-        };
-        Ok(Maintainer::new(catalog, storage, tables))
+        if let CatalogConfig::Sqlite { path, .. } = catalog
+            && !path.exists()
+        {
+            return Err(Error::fatal(format!("there is no catalog at {}", path.display())));
+        }
+        Ok(Maintainer::new(open_catalog(catalog, &storage).await?, storage, tables))
     }
 
     /// Every table in turn, as far as the time allows. What fails is in the report and does not keep the rest from being done.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::*;
+use crate::sink::iceberg::catalog::{CommitError, TableChange};
 use crate::sink::iceberg::commit::manifest_list;
 use crate::sink::iceberg::tests::{Fixture, batch_commit, events, metadata, offsets, spec, write};
 use crate::sink::iceberg::{IcebergSink, TableSpec};
@@ -348,6 +349,66 @@ async fn compaction_gives_way_to_whoever_changed_the_files_first() {
     // What was written for nothing is gone.
     let mut missing = files.iter().map(|f| f.file_path().trim_start_matches("file://").to_string());
     assert!(missing.all(|file| !Path::new(&file).exists()));
+}
+
+/// Sends every commit twice, like a proxy that has lost the first answer; batches go on before the second one is refused.
+#[derive(Debug)]
+struct Doubling {
+    sink: IcebergSink,
+    shows_history: bool,
+}
+
+#[async_trait::async_trait]
+impl Catalog for Doubling {
+    fn commits_together(&self) -> bool {
+        false
+    }
+
+    fn guards_properties(&self) -> bool {
+        true
+    }
+
+    async fn load(&self, table: &TableName) -> Result<Option<LoadedTable>, Error> {
+        let mut loaded = self.sink.0.catalog.load(table).await?.unwrap();
+        if !self.shows_history {
+            let current = loaded.metadata.current_snapshot_id();
+            let hidden = loaded.metadata.snapshots().map(|s| s.snapshot_id()).filter(|id| Some(*id) != current);
+            let hidden: Vec<i64> = hidden.collect();
+            let builder = loaded.metadata.as_ref().clone().into_builder(None);
+            loaded.metadata = Arc::new(builder.remove_snapshots(&hidden).build().unwrap().metadata);
+        }
+        Ok(Some(loaded))
+    }
+
+    async fn create(&self, _: &TableName, _: iceberg::TableCreation) -> Result<LoadedTable, Error> {
+        unreachable!()
+    }
+
+    async fn commit(&self, changes: &[TableChange]) -> Result<(), CommitError> {
+        self.sink.0.catalog.commit(changes).await?;
+        let next = self.sink.load().await.unwrap()[0].marker.as_ref().unwrap().batch + 1;
+        append(&self.sink, next..next + 2).await;
+        self.sink.0.catalog.commit(changes).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compaction_that_meets_its_own_commit_has_happened() {
+    for shows_history in [true, false] {
+        let fixture = Fixture::new();
+        let sink = fixture.open(&[hourly("t.events", &[])]).await.unwrap();
+        append(&sink, 0..24).await;
+        let catalog = Arc::new(Doubling { sink: sink.clone(), shows_history });
+        let maintainer = Maintainer::new(catalog, sink.0.storage.clone(), vec![sink.0.tables[0].name.clone()]);
+        let keep = MaintenanceConfig { max_snapshots: 1_000, ..policy() };
+        let report = maintainer.run(&round(keep)).await.remove(0);
+        assert!(report.errors.is_empty(), "{report:?}");
+        assert_eq!((report.files_compacted, report.files_written), (12, 2), "{report:?}");
+        let mut rows = all_offsets(&sink).await;
+        rows.sort_unstable();
+        assert_eq!(rows, (0..280).collect::<Vec<_>>());
+        reachable(&sink).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
