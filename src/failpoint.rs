@@ -2,6 +2,7 @@
 //!
 //! `FLOE_FAILPOINT=<name>:<action>[:<nth>]` acts on the nth time (default 1) that the point is reached; actions are
 //! `kill` (SIGKILL), `stop` (SIGSTOP: the process sleeps until a test sends SIGCONT) and `fail` (the point returns an error once).
+//! The name `any` stands for every point; the one that acts is named on stderr.
 
 /// Returns true when the caller is to fail with a transient error.
 #[cfg(debug_assertions)]
@@ -26,10 +27,11 @@ pub fn hit(name: &str) -> bool {
             hits: AtomicU64::new(0),
         })
     });
-    let Some(armed) = armed.as_ref().filter(|a| a.name == name) else { return false };
+    let Some(armed) = armed.as_ref().filter(|a| a.name == name || a.name == "any") else { return false };
     if armed.hits.fetch_add(1, Ordering::SeqCst) + 1 != armed.nth {
         return false;
     }
+    eprintln!("failpoint {name}: {}", armed.action);
     match armed.action.as_str() {
         "fail" => true,
         action => {

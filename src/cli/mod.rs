@@ -47,7 +47,7 @@ enum Command {
         /// One JSON object.
         #[arg(long)]
         json: bool,
-        /// Agree that the open windows of tables that were removed are dropped.
+        /// Agree that the open windows of tables that were removed, or have other windows now, are dropped.
         #[arg(long)]
         apply: bool,
     },

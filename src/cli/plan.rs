@@ -1,7 +1,7 @@
 //! `floe plan`: what has changed since the checkpoint was written, what each change comes to, and whether `floe run` would go on.
 //!
 //! It changes nothing; with `--apply` it writes one file into the checkpoint, which says that the state of windows that are
-//! no longer there may be dropped. The judgement is [`crate::query::changes`] and the sink's: the same that a run acts on.
+//! no longer there, or are others now, may be dropped. The judgement is [`crate::query::changes`] and the sink's: the same that a run acts on.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ pub async fn plan(config: &Config, as_json: bool, apply: bool) -> Result<Plan, E
         let (recovered, found) = assess(config, &pipeline, &checkpoint).await?;
         known = recovered.plan.map(|logged| logged.plan.tables).unwrap_or_default();
         changes = found;
-        let only_drops = changes.obstacles().all(|change| change.verdict == Verdict::DropsState);
+        let only_drops = changes.obstacles().all(|change| change.verdict != Verdict::Refused);
         if let (true, true, Some(batch)) = (apply, only_drops && !changes.drops.is_empty(), changes.since) {
             checkpoint.agree_to_drop(batch, &changes.drops).await.map_err(QueryError::from)?;
             changes.agreed = true;

@@ -16,6 +16,7 @@ use crate::checkpoint::{Checkpoint, CommitEntry};
 use crate::config::{Config, EventTimeConfig};
 use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
+use crate::query::blocking;
 use crate::state::{self, Numbers, Reader, WindowQuery};
 use crate::telemetry::rfc3339;
 use crate::window::closed;
@@ -47,7 +48,7 @@ pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> 
                 config.name
             )));
         };
-        match open_windows(&checkpoint, recovered.commit.as_ref(), &plan.plan, &pipeline.queries).await {
+        match open_windows(&checkpoint, recovered.commit.as_ref(), &plan.plan, pipeline.queries.clone()).await {
             Ok(open) => break (plan.plan, recovered.commit, open),
             Err(e) => {
                 // A running pipeline may have removed files that its newest batch replaces.
@@ -71,27 +72,40 @@ struct OpenWindow {
     start_us: i64,
 }
 
-/// By table; a table without open windows has an empty list.
-type OpenWindows = Vec<(String, Vec<OpenWindow>)>;
+/// Those of a table.
+struct OpenWindows {
+    table: String,
+    /// Of sessions there is no more than the one that ends first.
+    sessions: bool,
+    windows: Vec<OpenWindow>,
+}
 
 async fn open_windows(
     checkpoint: &Arc<Checkpoint>,
     commit: Option<&CommitEntry>,
     plan: &MicroBatch,
-    queries: &[WindowQuery],
-) -> Result<OpenWindows, QueryError> {
-    let mut open: OpenWindows = queries.iter().map(|q| (q.table().to_string(), Vec::new())).collect();
+    queries: Arc<[WindowQuery]>,
+) -> Result<Vec<OpenWindows>, QueryError> {
+    let none =
+        |q: &WindowQuery| OpenWindows { table: q.table().to_string(), sessions: q.is_session(), windows: Vec::new() };
+    let mut open: Vec<OpenWindows> = queries.iter().map(none).collect();
     let Some(commit) = commit else { return Ok(open) };
     let numbers = Numbers::of(&commit.windows, queries.iter().map(WindowQuery::table));
-    let files = Reader::new(checkpoint.clone(), Handle::current(), numbers).open(&commit.state).await?;
-    for window in state::open_windows(&files, plan.watermarks.evict()) {
-        if let Some((_, open)) = open.get_mut(window.query) {
-            open.push(OpenWindow { end_us: window.end_us, start_us: window.start_us });
+    let reader = Reader::new(checkpoint.clone(), Handle::current(), numbers);
+    let files = reader.open(&commit.state).await?;
+    let evict_ms = plan.watermarks.evict();
+    for window in state::open_windows(&files, evict_ms) {
+        if let Some(of) = open.get_mut(window.query).filter(|of| !of.sessions) {
+            of.windows.push(OpenWindow { end_us: window.end_us, start_us: window.start_us });
         }
     }
-    // Of sessions the checkpoint alone does not tell which one ends first.
-    let mut windows = queries.iter().map(|q| !q.is_session());
-    open.retain(|_| windows.next().unwrap_or(true));
+    // When a session ends, only reading it tells.
+    let first = blocking(move || Ok(state::first_sessions(&queries, &reader, &files, evict_ms)?)).await?;
+    for (query, (start_us, end_us)) in first {
+        if let Some(of) = open.get_mut(query) {
+            of.windows.push(OpenWindow { end_us, start_us });
+        }
+    }
     Ok(open)
 }
 
@@ -122,6 +136,7 @@ struct Partition {
 
 struct NextWindow {
     table: String,
+    session: bool,
     window: Option<OpenWindow>,
     /// The event time that closes it.
     closes_at_ms: i64,
@@ -135,7 +150,7 @@ impl Explanation {
         event_time: &EventTimeConfig,
         plan: &MicroBatch,
         commit: Option<&CommitEntry>,
-        open: &OpenWindows,
+        open: &[OpenWindows],
         now_ms: i64,
     ) -> Explanation {
         let mut plan = plan.clone();
@@ -160,7 +175,7 @@ impl Explanation {
         let partitions = partitions(event_time.policy, &plan, &progress, now_ms, waiting);
         let next_windows = open
             .iter()
-            .map(|(table, windows)| {
+            .map(|OpenWindows { table, sessions, windows }| {
                 let window = windows.iter().min().cloned();
                 let end_ms = window.as_ref().map_or(0, |w| w.end_us.div_euclid(1000) + i64::from(w.end_us % 1000 != 0));
                 let closes_at_ms = end_ms.saturating_add(delay_ms);
@@ -170,7 +185,7 @@ impl Explanation {
                     .collect();
                 waits_for.sort_by_key(|p| p.max_event_time_ms);
                 let waits_for = waits_for.into_iter().map(|p| p.tp.clone()).collect();
-                NextWindow { table: table.clone(), window, closes_at_ms, waits_for }
+                NextWindow { table: table.clone(), session: *sessions, window, closes_at_ms, waits_for }
             })
             .collect();
         Explanation {
@@ -259,7 +274,9 @@ impl Explanation {
                 continue;
             };
             let (start, end) = (rfc3339(window.start_us.div_euclid(1000)), rfc3339(window.end_us.div_euclid(1000)));
-            writeln!(out, "{}: [{start}, {end}), {}", next.table, self.when(next))?;
+            let (what, unless) =
+                if next.session { ("the session ", ", unless it goes on until then") } else { ("", "") };
+            writeln!(out, "{}: {what}[{start}, {end}), {}{unless}", next.table, self.when(next))?;
         }
         Ok(())
     }
@@ -428,10 +445,15 @@ mod tests {
         }
     }
 
-    fn open() -> OpenWindows {
+    fn open() -> Vec<OpenWindows> {
         let window = |start_ms: i64| OpenWindow { start_us: start_ms * 1000, end_us: (start_ms + 60_000) * 1000 };
         let minutes = [0, 1, 60].map(|minute| window(NOON_MS - 4_080_000 + minute * 60_000)).to_vec();
-        vec![("t.minutes".into(), minutes), ("t.hours".into(), Vec::new())]
+        let of = |table: &str, sessions, windows| OpenWindows { table: table.into(), sessions, windows };
+        vec![
+            of("t.minutes", false, minutes),
+            of("t.hours", false, Vec::new()),
+            of("t.sessions", true, vec![window(NOON_MS - 4_080_000)]),
+        ]
     }
 
     #[test]
@@ -455,6 +477,8 @@ mod tests {
             "t.minutes: [2026-03-01T10:52:00Z, 2026-03-01T10:53:00Z), when telemetry-1 has an event time of \
              2026-03-01T11:03:00Z or later",
             "t.hours: no window is open",
+            "t.sessions: the session [2026-03-01T10:52:00Z, 2026-03-01T10:53:00Z), when telemetry-1 has an event time of \
+             2026-03-01T11:03:00Z or later, unless it goes on until then",
         ];
         assert_eq!(shown.text().lines().collect::<Vec<_>>(), expected);
         let json = shown.json();

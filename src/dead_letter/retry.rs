@@ -4,6 +4,8 @@
 //! ([`execute::admit`]). No state of its own: a letter is done when its topic, partition and offset are in the rows table,
 //! and the rows of a run appear in one commit that is conditional on the table being the one that was looked at. So a run
 //! that is killed has done all or nothing, and two at a time, or a query that commits meanwhile, double nothing.
+//! Where letters can go to several tables, a commit to one of them says nothing about the others: there a run first claims
+//! all of them, each with a snapshot without rows, and whoever finds another's claim in front of its own does not commit.
 //! Windows never see these rows: they are late for them, and counted as such.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +16,7 @@ use arrow::array::AsArray;
 use arrow::datatypes::{Int32Type, Int64Type};
 use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
+use futures::future::try_join_all;
 use uuid::Uuid;
 
 use super::letters::{self, Letters, Selection};
@@ -42,6 +45,8 @@ const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis
 const CHUNK_BYTES: usize = 16 << 20;
 pub const PLACE: [&str; 3] = ["_kafka_topic", "_kafka_partition", "_kafka_offset"];
 const PLACE_ROWS: usize = 16 * 1024;
+/// The summary entry of a snapshot by which one run of `retry` claims a table.
+const CLAIM: &str = "floe.retry-claim";
 /// What letters are counted under whose message type has no table of rows.
 const NO_TABLE: &str = "no_rows_table";
 /// Up to so many offsets of a topic are looked for by name, more by their range.
@@ -150,7 +155,8 @@ pub async fn retry(config: &Config, selection: &Selection, dry_run: bool) -> Res
     let filter = of_topics(config, selection.predicate());
     let watermark_ms = watermark(config).await?;
     let letters = places_of_letters(&dead_letters, filter.clone()).await?;
-    let attempt = Attempt { pipeline, dead_letters, filter, letters, targets, watermark_ms };
+    let run = Uuid::new_v4().to_string();
+    let mut attempt = Attempt { run, claimed: false, pipeline, dead_letters, filter, letters, targets, watermark_ms };
     let mut report: Option<Report> = None;
     for target in 0..attempt.targets.len() {
         let mut tries = 0;
@@ -274,6 +280,9 @@ async fn present(mut rows: Rows, among: &Places) -> Result<Places, Error> {
 }
 
 struct Attempt {
+    /// What this run's claims go by.
+    run: String,
+    claimed: bool,
     pipeline: Arc<Pipeline>,
     dead_letters: PinnedTable,
     filter: Predicate,
@@ -290,14 +299,50 @@ impl Attempt {
         }
     }
 
+    async fn pin_all(&self, sink: Option<&IcebergSink>) -> Result<Vec<PinnedTable>, Error> {
+        try_join_all((0..self.targets.len()).map(|target| self.pin(sink, target))).await
+    }
+
+    /// Whether nobody has claimed the table since this run has.
+    fn check_claim(&self, table: &PinnedTable) -> Result<(), Error> {
+        if table.newest_summary(CLAIM) == Some(self.run.as_str()) {
+            return Ok(());
+        }
+        Err(Error::Refused(format!(
+            "another `floe dlq retry` has begun meanwhile and has taken over table {}: its types may be others, and so a letter \
+             could become a row twice. What this run has committed stays; run it again once the other has ended",
+            table.name()
+        )))
+    }
+
+    /// Makes every run that has claimed these tables before find itself overtaken.
+    async fn claim(&mut self, sink: &IcebergSink) -> Result<(), Error> {
+        let summary = BTreeMap::from([(CLAIM.to_string(), self.run.clone())]);
+        for target in 0..self.targets.len() {
+            let mut tries = 0;
+            while sink.append(target, &sink.pin(target).await?, &[], &summary).await? == Append::Conflict {
+                overtaken(&self.targets[target].rows, &mut tries).await?;
+            }
+        }
+        self.claimed = true;
+        match failpoint::hit("dlq.claimed") {
+            true => Err(QueryError::Internal("failpoint dlq.claimed".into()).into()),
+            false => Ok(()),
+        }
+    }
+
     /// None: someone else has brought some of the letters into the table meanwhile; look again.
-    async fn run(&self, sink: Option<&IcebergSink>, target: usize, tries: &mut u32) -> Result<Option<Report>, Error> {
-        let mut base = self.pin(sink, target).await?;
+    async fn run(
+        &mut self,
+        sink: Option<&IcebergSink>,
+        target: usize,
+        tries: &mut u32,
+    ) -> Result<Option<Report>, Error> {
+        let bases = self.pin_all(sink).await?;
         // A letter may have become a row of another type, when types were told apart in another way.
         let mut found = Places::new();
         if let Some(filter) = around(&self.letters) {
-            for other in 0..self.targets.len() {
-                let table = if other == target { base.clone() } else { self.pin(sink, other).await? };
+            for table in &bases {
                 let rows = table.scan(&PLACE, Some(filter.clone()), PLACE_ROWS).await?;
                 for (partition, offsets) in present(rows, &self.letters).await? {
                     found.entry(partition).or_default().extend(offsets);
@@ -325,42 +370,87 @@ impl Attempt {
         if failpoint::hit("dlq.files_written") {
             return Err(QueryError::Internal("failpoint dlq.files_written".into()).into());
         }
-        let summary = BTreeMap::from([
+        match self.commit(sink, target, bases, &files, &written, tries).await {
+            Ok(Some(snapshot)) => {
+                report.snapshots.push(snapshot);
+                Ok(Some(report))
+            }
+            nothing_done @ (Ok(None) | Err(Error::Refused(_))) => {
+                sink.discard(&files).await;
+                nothing_done.map(|_| None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The snapshot with the new rows; none where some of the letters have become rows since `bases` were pinned.
+    async fn commit(
+        &mut self,
+        sink: &IcebergSink,
+        target: usize,
+        mut bases: Vec<PinnedTable>,
+        files: &[DataFile],
+        written: &Places,
+        tries: &mut u32,
+    ) -> Result<Option<i64>, Error> {
+        let mut summary = BTreeMap::from([
             ("floe.retry-of".to_string(), self.dead_letters.name()),
-            ("floe.retry-letters".to_string(), report.rows.to_string()),
+            ("floe.retry-letters".to_string(), count(written).to_string()),
         ]);
-        let filter = around(&written);
-        loop {
-            match sink.append(target, &base, &files, &summary).await? {
-                Append::Done { snapshot } => {
-                    if failpoint::hit("dlq.committed") {
-                        return Err(QueryError::Internal("failpoint dlq.committed".into()).into());
-                    }
-                    report.snapshots.push(snapshot);
-                    return Ok(Some(report));
+        let exclusive = self.targets.len() > 1;
+        if exclusive {
+            summary.insert(CLAIM.to_string(), self.run.clone());
+            if !self.claimed {
+                self.claim(sink).await?;
+            }
+            let now = self.pin_all(Some(sink)).await?;
+            for (base, now) in bases.iter().zip(&now) {
+                self.check_claim(now)?;
+                if any_since(base, now, written).await? {
+                    return Ok(None);
                 }
-                Append::Conflict if *tries < ATTEMPTS => {
-                    tokio::time::sleep(BACKOFF.delay((*tries).min(6), random())).await;
-                    *tries += 1;
+            }
+            bases = now;
+        }
+        let mut base = bases.swap_remove(target);
+        loop {
+            match sink.append(target, &base, files, &summary).await? {
+                Append::Done { .. } if failpoint::hit("dlq.committed") => {
+                    return Err(QueryError::Internal("failpoint dlq.committed".into()).into());
+                }
+                Append::Done { snapshot } => return Ok(Some(snapshot)),
+                Append::Conflict => {
+                    overtaken(&base, tries).await?;
                     let now = sink.pin(target).await?;
-                    let since = now.scan_since(&base, &PLACE, filter.clone(), PLACE_ROWS).await?;
-                    if !present(since, &written).await?.is_empty() {
-                        sink.discard(&files).await;
+                    if exclusive {
+                        self.check_claim(&now)?;
+                    }
+                    if any_since(&base, &now, written).await? {
                         return Ok(None);
                     }
                     base = now;
                 }
-                Append::Conflict => {
-                    sink.discard(&files).await;
-                    let message = format!(
-                        "other writers of {} were faster {ATTEMPTS} times; nothing was done, try again",
-                        base.name()
-                    );
-                    return Err(sink::Error::transient(message).into());
-                }
             }
         }
     }
+}
+
+/// Whether some of the places have come into the table between two looks at it.
+async fn any_since(base: &PinnedTable, now: &PinnedTable, places: &Places) -> Result<bool, Error> {
+    let since = now.scan_since(base, &PLACE, around(places), PLACE_ROWS).await?;
+    Ok(!present(since, places).await?.is_empty())
+}
+
+/// After a conflict: waits before the next try, if there is one.
+async fn overtaken(table: &PinnedTable, tries: &mut u32) -> Result<(), Error> {
+    if *tries == ATTEMPTS {
+        let message =
+            format!("other writers of {} were faster {ATTEMPTS} times; nothing was done, try again", table.name());
+        return Err(Error::Refused(message));
+    }
+    tokio::time::sleep(BACKOFF.delay((*tries).min(6), random())).await;
+    *tries += 1;
+    Ok(())
 }
 
 /// Letters on their way to rows of one message type.

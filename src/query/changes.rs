@@ -26,7 +26,8 @@ pub enum Verdict {
     Safe,
     /// It goes on without state that it has, once somebody has agreed to that.
     DropsState,
-    /// State that it has would have to be computed again from the topics.
+    /// The state of one window table would have to be computed again from the topics. It goes on without it, once somebody has
+    /// agreed to that.
     NeedsRebuild,
     Refused,
 }
@@ -93,8 +94,8 @@ impl Changes {
     pub fn obstacles(&self) -> impl Iterator<Item = &Change> {
         self.list.iter().filter(|change| match change.verdict {
             Verdict::Safe => false,
-            Verdict::DropsState => !self.agreed,
-            Verdict::NeedsRebuild | Verdict::Refused => true,
+            Verdict::DropsState | Verdict::NeedsRebuild => !self.agreed,
+            Verdict::Refused => true,
         })
     }
 
@@ -289,7 +290,10 @@ impl Windows<'_> {
                     ("removed".into(), Verdict::Safe, "no window is open; the table stays as it is".into())
                 }
                 (Some(_), Some(_), Some(open)) => {
-                    (settings, Verdict::NeedsRebuild, format!("{} aggregated another way", shown(open)))
+                    judged.drops.insert(table.to_string());
+                    // What has been written of them is of the other mode.
+                    let how = if settings == "output_mode" { "of the other mode" } else { "aggregated another way" };
+                    (settings, Verdict::NeedsRebuild, format!("{} {how}", shown(open)))
                 }
                 (Some(_), None, Some(open)) => {
                     judged.drops.insert(table.to_string());
@@ -364,16 +368,25 @@ fn advise_rebuild(change: &mut Change, logs: &[(MicroBatch, CommitEntry)], from_
         }
     };
     let whole = match from_us {
-        Some(us) => format!(" Windows from {} on are then whole", rfc3339(us.div_euclid(1000))),
-        None => String::new(),
+        Some(us) => format!("from {} on", rfc3339(us.div_euclid(1000))),
+        None => "that the topics still have all records of".to_string(),
+    };
+    let read =
+        logs.last().and_then(|(_, commit)| commit.event_times.partitions.values().map(|t| t.max_event_time_ms).max());
+    let incomplete = match read.flatten() {
+        Some(ms) => {
+            format!("those that begin by {}, the latest event time so far, lack what was read before", rfc3339(ms))
+        }
+        None => "no row was read before".to_string(),
     };
     change.why.push_str(&format!(
-        ", which this version does not do again in place. Undo the change; or write the windows as they are now to another \
-         table, which starts empty; or start over with a new name, checkpoint and tables from\n               \
-         source.starting_offsets = {toml}\n               {}",
-        whole.trim_start()
+        ": a rebuild. This version does not do it in place. Undo the change; or\n               \
+         - for windows that are whole {whole}: start over with a new name, checkpoint and tables from\n                 \
+         source.starting_offsets = {toml}\n               \
+         - to keep what is there: write the windows as they are now to another table, which starts empty\n               \
+         - to go on in this table without its open windows: floe plan FILE --apply. They never reach the table, and of the \
+         windows as they are now {incomplete}"
     ));
-    change.why.truncate(change.why.trim_end().len());
     change.starting_offsets = Some(by_topic);
 }
 
@@ -498,9 +511,10 @@ mod tests {
         assert_eq!(error.exit_code(), 3);
         assert!(error.to_string().contains("windows t: removed"), "{error}");
         assert!(!error.to_string().contains("a: b"), "{error}");
+        changes.list.push(Change::new("windows t", "size", Verdict::NeedsRebuild, "why"));
         changes.agreed = true;
         assert!(changes.check().is_ok());
-        changes.list.push(Change::new("windows t", "size", Verdict::NeedsRebuild, "why"));
+        changes.list.push(Change::new("source.topics", "t removed", Verdict::Refused, "why"));
         assert!(changes.check().is_err());
     }
 

@@ -54,6 +54,7 @@ pub use lane::Lane;
 pub use late::LateRows;
 pub use numbers::Numbers;
 pub use query::{REVISION, WindowQuery};
+pub use residence::first_sessions;
 pub use stored::{LiveFile, Reader, StoredWindowStats, open_windows};
 
 /// A partial of more groups is split by a hash of the key when it is written. Tests have few groups and split nevertheless.

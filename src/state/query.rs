@@ -107,8 +107,14 @@ impl WindowQuery {
             key_fields.iter().cloned().chain(bounds).chain(aggregates.state_fields()).collect();
         let keys: Vec<String> = keys.iter().map(|key| format!("{} as {}", key.sql, key.field.data_type())).collect();
         let filter_text = config.filter.as_ref().map(|filter| format!(" {filter:?}")).unwrap_or_default();
-        let definition =
-            format!("{} {event_time}{filter_text}\n{}\n{}", config.windowing, keys.join(", "), aggregates.definition());
+        // In append mode the open windows have not been written, in update mode they have.
+        let mode = if config.output_mode == OutputMode::Update { "\nupdate" } else { "" };
+        let definition = format!(
+            "{} {event_time}{filter_text}\n{}\n{}{mode}",
+            config.windowing,
+            keys.join(", "),
+            aggregates.definition()
+        );
         Ok(WindowQuery {
             table: table.clone(),
             windowing: config.windowing.clone(),

@@ -21,6 +21,9 @@ use crate::failpoint;
 /// measured.
 const MEMORY_PER_FILE_BYTE: u64 = 3;
 
+/// At most so much is read from files at once, by each thread.
+const SHARE_BYTES: u64 = 32 << 20;
+
 pub(super) struct Residence {
     pub reader: Reader,
     pub budget_bytes: u64,
@@ -40,7 +43,7 @@ impl StateStore {
         workers: usize,
     ) -> Result<StateStore, Error> {
         let files = reader.block_on(reader.open(files))?;
-        let residence = Residence { reader, budget_bytes, share: (budget_bytes / 32).clamp(1 << 20, 32 << 20) };
+        let residence = Residence { reader, budget_bytes, share: (budget_bytes / 32).clamp(1 << 20, SHARE_BYTES) };
         let extents = stored::extents(&files, evict_ms);
         let is_session = |unit: &Unit| queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);
         let window = |unit: &Unit, extent: &Extent| Window {
@@ -184,6 +187,32 @@ impl StateStore {
         };
         spans.map(content).map(|content| Closing { queries: self.queries.clone(), content }).collect()
     }
+}
+
+/// Of every query of sessions the one that ends first, from its first event to its end, as the files have it. Reads them all, a
+/// share at a time. Blocks.
+pub fn first_sessions(
+    queries: &[WindowQuery],
+    reader: &Reader,
+    files: &[LiveFile],
+    evict_ms: i64,
+) -> Result<BTreeMap<usize, (i64, i64)>, Error> {
+    let units = stored::extents(files, evict_ms).into_iter().map(|(unit, extent)| (unit, extent.bytes));
+    let of_sessions = |(unit, _): &(Unit, u64)| queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);
+    let mut first: BTreeMap<usize, (i64, i64)> = BTreeMap::new();
+    for span in stored::spans(units.filter(of_sessions), SHARE_BYTES) {
+        for (unit, mut table) in read_tables(queries, reader, files, &[span])? {
+            let query = query_of(queries, unit)?;
+            table.forget_closed(evict_ms).map_err(|e| query.error(&e))?;
+            let Table::Sessions(table) = table else { continue };
+            let Some((start_us, end_us)) = table.first() else { continue };
+            let known = first.entry(unit.query as usize).or_insert((start_us, end_us));
+            if (end_us, start_us) < (known.1, known.0) {
+                *known = (start_us, end_us);
+            }
+        }
+    }
+    Ok(first)
 }
 
 /// Reads windows: several with one span, or one with the spans of its shards.

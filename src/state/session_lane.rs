@@ -1,7 +1,8 @@
 //! The sessions of one partition of one batch.
 //!
 //! Owns: which session a row joins. Every row goes straight into accumulators, in the order of the rows, so that chunks have
-//! no say in the result; where a row joins two sessions, their accumulators are merged at the end, the older one first.
+//! no say in the result; where a row joins two sessions, their accumulators are merged at the end, the older one first, and it
+//! is the younger one that goes on: so of rows of the same time the one that came first also comes first in the merge.
 
 use arrow::array::{Array, ArrayRef, Int64Array, TimestampMicrosecondArray, UInt32Array};
 use arrow::compute::take;
@@ -118,7 +119,7 @@ impl SessionLane {
     }
 }
 
-/// The group of a row: of the session that it joins, of the first of several that it makes one, or a new one.
+/// The group of a row: of the session that it joins, of the youngest of several that it makes one, or a new one.
 fn join(sessions: &mut Vec<Session>, parents: &mut Vec<usize>, start_us: i64, end_us: i64) -> usize {
     let from = sessions.partition_point(|s| s.end_us < start_us);
     let to = sessions.partition_point(|s| s.start_us <= end_us).max(from);
@@ -134,11 +135,11 @@ fn join(sessions: &mut Vec<Session>, parents: &mut Vec<usize>, start_us: i64, en
     session.end_us = session.end_us.max(end_us);
     for other in others {
         session.end_us = session.end_us.max(other.end_us);
-        let (first, second) = (session.group.min(other.group), session.group.max(other.group));
-        if let Some(parent) = parents.get_mut(second) {
-            *parent = first;
+        let (older, younger) = (session.group.min(other.group), session.group.max(other.group));
+        if let Some(parent) = parents.get_mut(older) {
+            *parent = younger;
         }
-        session.group = first;
+        session.group = younger;
     }
     session.group
 }

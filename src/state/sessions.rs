@@ -93,6 +93,13 @@ impl SessionTable {
         self.by_end.first().map(|(end, _)| *end)
     }
 
+    /// First event and end of the session that ends first.
+    pub fn first(&self) -> Option<(i64, i64)> {
+        let (end_us, key) = self.by_end.first()?;
+        let session = self.sessions.get(key)?.iter().find(|s| s.end_us == *end_us)?;
+        Some((session.start_us, *end_us))
+    }
+
     pub fn last_end(&self) -> Option<i64> {
         self.by_end.last().map(|(end, _)| *end)
     }

@@ -188,6 +188,32 @@ fn chunks_have_no_say() {
     }
 }
 
+/// Also where one of two rows of the same time was in a session of its own before both were in one.
+#[test]
+fn rows_of_the_same_time_stay_in_order_when_sessions_become_one() {
+    let aggregates = [("first", "first_value(n) filter (where n > 1)"), ("last", "last_value(n) filter (where n > 1)")];
+    let queries = queries(&[sessions(10 * SECOND, &["device"], &aggregates)]);
+    let part = |rows: &[(i64, i64)]| {
+        let rows: Vec<Row> = rows.iter().map(|(at, n)| (Some(at * SECOND), Some("a"), None, Some(*n))).collect();
+        lane(&queries, &[batch(&rows)], 0)
+    };
+    let bridged = [(20, 2), (0, 1), (10, 1), (20, 3)];
+    let bridged_later = [(0, 1), (20, 2), (10, 1), (20, 3)];
+    let chain = [(0, 1), (40, 2), (20, 1), (30, 1), (10, 1), (40, 5), (40, 3)];
+    for rows in [&bridged[..], &bridged_later, &chain] {
+        // All at once, and cut between two batches at each place.
+        for cut in 0..rows.len() {
+            let mut store = StateStore::new(queries.clone());
+            store.merge_lanes(vec![part(&rows[..cut])], 0, 1).unwrap();
+            store.merge_lanes(vec![part(&rows[cut..])], 0, 1).unwrap();
+            store.merge_lanes(Vec::new(), END, 1).unwrap();
+            let out = close(&mut store, END).remove(0).evaluate().unwrap().0.remove(0);
+            let value = |column: usize| out.column(column).as_primitive::<Int64Type>().value(0);
+            assert_eq!((out.num_rows(), value(3), value(4)), (1, 2, 3), "{rows:?} cut at {cut}");
+        }
+    }
+}
+
 /// A batch costs what it touches: a million rows of garbage and segments without number are what it is not to come to.
 #[test]
 fn a_table_stays_tidy() {

@@ -48,11 +48,23 @@ fn of_values_and_times() {
         group_by = ["nan"]
         aggregates = { events = "count(*)" }
     "#;
-    let mut pipeline = pipeline("edges", &[by_device, by_nan]);
+    let sessions = r#"
+        table = "e.sessions"
+        session_gap = "1 minute"
+        group_by = ["device"]
+        aggregates = { events = "count(*)", total = "sum(n)", low = "min(x)", nan = "max(nan)" }
+    "#;
+    let early = r#"
+        table = "e.early"
+        size = "1 day"
+        output_mode = "update"
+        aggregates = { events = "count(*)", total = "sum(n)" }
+    "#;
+    let mut pipeline = pipeline("edges", &[by_device, by_nan, sessions, early]);
     pipeline.set("transform.columns.nan", "x / (x - x)");
     let tables = pipeline.tables();
     pipeline.run();
-    for table in ["e.rows", "e.minutes", "e.by_nan", "e.dead_letters"] {
+    for table in ["e.rows", "e.minutes", "e.by_nan", "e.sessions", "e.early", "e.dead_letters"] {
         assert_eq!(tables.value::<u64>(&format!("select count(*) from {{{table}}}")), 0, "{table}");
     }
 
@@ -95,7 +107,40 @@ fn of_values_and_times() {
     assert_eq!(found, expected);
     assert_eq!(tables.value::<u64>("select count(*) from {e.rows}"), 12, "rows without event time are rows");
     let dead: Vec<(String, u64)> = tables.query("select reason, count(*) from {e.dead_letters} group by all");
-    assert_eq!(dead, [("overflow".to_string(), 1)]);
+    assert_eq!(dead, [("overflow".to_string(), 3)], "in the minute, in the session and in the day so far");
+    type Session = (i64, i64, Option<String>, i64, Option<i64>, Option<f64>);
+    let sessions: Vec<Session> = tables.query(
+        "select epoch_us(window_start), epoch_us(window_end), device, events, total, low from {e.sessions} \
+         order by 1, 3 nulls first",
+    );
+    let minute = 60_000_000;
+    let expected: Vec<Session> = vec![
+        (-62_135_596_800_000_000, -62_135_596_800_000_000 + minute, some("first"), 1, Some(1), Some(1.5)),
+        (-1, minute - 1, some("before"), 1, Some(2), None),
+        (0, minute, some("after"), 1, None, None),
+        (new_year, new_year + 2 * minute - 1, None, 2, Some(7), Some(0.0)),
+        (new_year + minute / 2, new_year + minute / 60 * 91, some("much"), 2, None, None),
+        (new_year + minute / 60 * 32, new_year + minute / 60 * 93, some("fits"), 2, Some(-1), None),
+    ];
+    assert_eq!(sessions, expected);
+    // Early results do not wait, not even those of the last day there is.
+    let days: Vec<(i64, i64, Option<i64>)> = tables.query(
+        "select epoch_us(window_start), events, total from {e.early} \
+         qualify row_number() over (partition by window_start order by revision desc) = 1 order by 1",
+    );
+    let day = 24 * 60 * minute;
+    let expected = vec![
+        (-62_135_596_800_000_000, 1, Some(1)),
+        (-day, 1, Some(2)),
+        (0, 1, None),
+        (new_year, 6, None),
+        (253_402_300_800_000_000 - day, 1, Some(6)),
+    ];
+    assert_eq!(days, expected);
+    // What is told of it does not stop at the end of the calendar; there it is in milliseconds.
+    let told = pipeline.watermark();
+    assert_eq!(told["next_windows"][0]["window_start"], "253402300740000", "{told}");
+    assert_eq!(told["next_windows"][2]["window_start"], "253402300799999", "{told}");
     // 0.0 / 0.0, twice: NaNs are one group, and the largest number there is.
     let nan: Vec<(i64, bool, bool)> =
         tables.query("select events, isnan(high), isnan(sum_nan) from {e.minutes} where device is null");

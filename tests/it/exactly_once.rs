@@ -12,7 +12,7 @@ use crate::support::telemetry::Telemetry;
 use crate::support::turn;
 
 /// The steps of the protocol, before and after each of its writes.
-const STEPS: [&str; 10] = [
+pub const STEPS: [&str; 10] = [
     "plan.before_put",
     "plan.after_put",
     "execute.chunk",

@@ -11,21 +11,10 @@ use crate::support::turn;
 const MINUTE_US: i64 = 60_000_000;
 const DELAY_MS: i64 = 3 * 60_000;
 const DAY_MS: i64 = 24 * 3_600_000;
-/// Where a run may be killed; not every run gets to every point.
-const POINTS: [&str; 12] = [
-    "plan.before_put",
-    "plan.after_put",
-    "execute.chunk",
-    "execute.files_written",
-    "state.after_put",
-    "commit_log.before_put",
-    "commit_log.after_put",
-    "tidy",
-    "state.spill",
-    "state.compaction",
-    "state.adopted",
-    "state.recovery",
-];
+/// Where a run may be killed that gets there only with luck.
+const RARE: [&str; 4] = ["state.spill", "state.compaction", "state.adopted", "state.recovery"];
+/// The first run over a slice, two batches at least, passes this many points and more.
+const FIRST_RUN: u64 = 16;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|v| v.parse().expect("a number"))
@@ -286,7 +275,8 @@ impl Scenario {
         broker.create_topic(&self.topic, self.rows.len() as i32, &[]);
         let mut pipeline = self.pipeline();
         let (mut plans, mut commits) = (BTreeMap::new(), BTreeMap::new());
-        let (mut runs, mut kills) = (0, 0);
+        let mut runs = 0;
+        let mut kills: BTreeMap<String, u64> = BTreeMap::new();
         let slices = 3;
         for slice in 0..=slices {
             if slice < slices {
@@ -304,14 +294,33 @@ impl Scenario {
             }
             for attempt in 0..3 {
                 let random = &mut self.random;
-                pipeline.set("source.max_offsets_per_trigger", 25 + random.below(200) as i64);
+                pipeline.set("source.max_offsets_per_trigger", 10 + random.below(120) as i64);
                 pipeline.set("execution.workers", 1 + random.below(4) as i64);
-                pipeline.set("state.memory_budget", random.pick(&["0 B", "16 KiB", "1 GiB"]));
+                let rare = (attempt == 1 && slice < slices && random.one_in(2)).then(|| random.pick(&RARE));
+                let budget = match rare {
+                    Some("state.spill") => "0 B",
+                    Some("state.recovery") => "1 GiB",
+                    _ => random.pick(&["0 B", "16 KiB", "1 GiB"]),
+                };
+                pipeline.set("state.memory_budget", budget);
                 if attempt < 2 {
-                    let point = format!("{}:kill:{}", random.pick(&POINTS), 1 + random.below(4));
+                    let point = match rare {
+                        Some(point) => format!("{point}:kill:{}", 1 + random.below(2)),
+                        None if attempt == 0 && slice < slices => format!("any:kill:{}", 1 + random.below(FIRST_RUN)),
+                        None => format!("any:kill:{}", 1 + random.below(8)),
+                    };
                     let ended = pipeline.run_failing(&point);
-                    kills += u64::from(ended.was_killed());
-                    assert!(ended.was_killed() || ended.code() == Some(0), "{point}: {}", ended.output);
+                    let at =
+                        ended.output.lines().find_map(|line| line.strip_prefix("failpoint ")?.strip_suffix(": kill"));
+                    match at.filter(|_| ended.was_killed()) {
+                        Some(at) => *kills.entry(at.to_string()).or_default() += 1,
+                        // The first run of a slice always gets there.
+                        None => assert!(
+                            ended.code() == Some(0) && (attempt > 0 || slice == slices),
+                            "{point}: {}",
+                            ended.output
+                        ),
+                    }
                 } else {
                     pipeline.run();
                 }
@@ -322,7 +331,7 @@ impl Scenario {
         }
         let model = self.model(&plans);
         eprintln!(
-            "{}: {} partitions, {}, {runs} runs of which {kills} were killed, {} batches, {:?} groups, {:?} late",
+            "{}: {} partitions, {}, {runs} runs, killed at {kills:?}, {} batches, {:?} groups, {:?} late",
             self.topic,
             self.rows.len(),
             self.policy,

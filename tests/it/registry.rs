@@ -26,15 +26,15 @@ const SECOND: &str = r#"{"type": "object", "properties": {"device_id": {"type": 
     "event_timestamp": {"type": "string"}, "battery_level": {"type": "number"}, "more": {"type": "integer"}}}"#;
 
 /// Schemas by id behind Confluent's paths.
-struct Registry {
-    url: String,
+pub struct Registry {
+    pub url: String,
     schemas: Arc<Mutex<BTreeMap<u32, (String, String)>>>,
     broken: Arc<AtomicBool>,
     requests: Arc<AtomicUsize>,
 }
 
 impl Registry {
-    fn start() -> Registry {
+    pub fn start() -> Registry {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let registry = Registry {
             url: format!("http://{}", listener.local_addr().unwrap()),
@@ -65,7 +65,7 @@ impl Registry {
         registry
     }
 
-    fn add(&self, id: u32, kind: &str, schema: &str) {
+    pub fn add(&self, id: u32, kind: &str, schema: &str) {
         self.schemas.lock().unwrap().insert(id, (kind.into(), schema.into()));
     }
 }
@@ -82,7 +82,7 @@ fn request_path(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&request).split(' ').nth(1).unwrap_or_default().to_string()
 }
 
-fn framed(id: u32, document: &str) -> Vec<u8> {
+pub fn framed(id: u32, document: &str) -> Vec<u8> {
     [&[0], id.to_be_bytes().as_slice(), document.as_bytes()].concat()
 }
 

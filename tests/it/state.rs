@@ -79,15 +79,16 @@ fn a_failure_on_the_way_is_tried_again() {
     }
 }
 
-/// Windows that are in files only: a file that is missing or cut short is found at the start, a byte at the latest when the
+/// Windows that are in files only, in runs and in deltas: a file that is missing or cut short is found at the start, a byte at the latest when the
 /// window closes; each time the file is named and nothing is emitted without it.
 #[test]
 fn a_missing_or_damaged_state_file_is_named() {
     let _turn = turn();
     let pipeline = pipeline("0 B");
-    pipeline.run_failing("commit_log.after_put:kill:9").expect_killed();
+    pipeline.run_failing("commit_log.after_put:kill:30").expect_killed();
     let files = state_files(&pipeline);
-    assert!(files.len() > 5, "{files:?}");
+    let is_run = |file: &PathBuf| file.extension().is_some_and(|extension| extension == "run");
+    assert!(files.len() > 5 && is_run(&files[0]) && !is_run(&files[files.len() - 1]), "{files:?}");
     for file in [&files[0], &files[files.len() - 1]] {
         let name = file.file_name().unwrap().to_str().unwrap();
         let bytes = fs::read(file).unwrap();

@@ -2,9 +2,12 @@ use std::fs;
 
 use serde_json::json;
 
+use crate::exactly_once::STEPS;
+use crate::registry::{Registry, framed};
 use crate::support::broker::{Broker, Rec};
-use crate::support::floe::Pipeline;
+use crate::support::floe::{Ended, Floe, Pipeline};
 use crate::support::reader::Tables;
+use crate::support::turn;
 
 const READING: &str = r#"{"type": "object", "required": ["kind", "device", "at"], "additionalProperties": false, "properties": {
     "kind": {"const": "reading"}, "device": {"type": "string"}, "at": {"type": "string", "format": "date-time"},
@@ -91,16 +94,25 @@ fn device_record(i: u32) -> (String, &'static str) {
 
 fn fill(broker: &Broker, devices: &str, orders: &str, records: std::ops::Range<u32>) {
     let headers = vec![("trace".to_string(), Some(b"1".to_vec()))];
-    let record = |partition, value: String| Rec {
+    let record = |partition, value: Vec<u8>| Rec {
         partition: Some(partition),
         key: None,
-        value: Some(value.into_bytes()),
+        value: Some(value),
         timestamp_ms: None,
         headers: headers.clone(),
     };
-    broker.produce_records(devices, records.clone().map(|i| record((i % 2) as i32, device_record(i).0)));
-    let order = |i: u32| json!({"id": i, "total": f64::from(i % 4)}).to_string();
+    broker.produce_records(
+        devices,
+        records.clone().map(|i| record((i % 2) as i32, frame(devices, i, device_record(i).0.into_bytes()))),
+    );
+    let order = |i: u32| json!({"id": i, "total": f64::from(i % 4)}).to_string().into_bytes();
     broker.produce_records(orders, records.map(|i| record(0, order(i))));
+}
+
+/// Every other record of a topic of framed ones says by which schema of the registry it was written.
+fn frame(topic: &str, i: u32, value: Vec<u8>) -> Vec<u8> {
+    let id = if device_record(i).1 == "alert" { 2 } else { 1 };
+    if topic.contains("framed") && i % 4 < 2 { framed(id, &String::from_utf8(value).unwrap()) } else { value }
 }
 
 fn count(records: u32, what: &str) -> u64 {
@@ -164,18 +176,92 @@ fn a_topic_and_a_member_pick_schema_and_table() {
 
 #[test]
 fn killed_at_every_step_each_record_is_in_one_table_once() {
+    let _turn = turn();
     let broker = Broker::shared();
     broker.create_topic("types_killed", 2, &[]);
     broker.create_topic("types_killed_orders", 1, &[]);
-    let pipeline = pipeline(broker, "types_killed", "types_killed_orders");
+    let mut pipeline = pipeline(broker, "types_killed", "types_killed_orders");
+    pipeline.set("source.max_offsets_per_trigger", 150).set("execution.workers", 2);
     let mut filled = 0;
-    for failpoint in ["execute.chunk", "execute.files_written", "commit.committed", "commit_log.before_put"] {
+    for (nth, step) in STEPS.iter().enumerate() {
         fill(broker, "types_killed", "types_killed_orders", filled..filled + 120);
         filled += 120;
-        pipeline.run_failing(&format!("{failpoint}:kill")).expect_killed();
+        // In the first batch of a run or in the second.
+        pipeline.run_failing(&format!("{step}:kill:{}", 1 + nth % 2)).expect_killed();
+        if nth % 3 == 0 {
+            pipeline.run_failing(&format!("{step}:kill")).expect_killed();
+        }
         pipeline.run();
     }
     all_in_place(&pipeline.tables(), filled);
+}
+
+/// The records' own schemas come by the registry, whichever type they are of; plain ones are among them.
+#[test]
+fn records_that_a_registry_has_the_schemas_of() {
+    let broker = Broker::shared();
+    let (devices, orders) = ("types_framed", "types_framed_orders");
+    broker.create_topic(devices, 2, &[]);
+    broker.create_topic(orders, 1, &[]);
+    let registry = Registry::start();
+    let lenient =
+        |schema: &str| schema.replace("\"additionalProperties\": false, ", "").replace(", \"maximum\": 100", "");
+    registry.add(1, "JSON", &lenient(READING));
+    registry.add(2, "JSON", ALERT);
+    let mut pipeline = pipeline(broker, devices, orders);
+    pipeline.set("schema.registry", registry.url.as_str()).set("source.max_offsets_per_trigger", 200);
+    fill(broker, devices, orders, 0..240);
+    pipeline.run_failing("execute.files_written:kill:2").expect_killed();
+    pipeline.run();
+    let tables = pipeline.tables();
+    all_in_place(&tables, 240);
+
+    // An alert by the schema of readings is still an alert by its member, and held to both schemas; of an unknown schema
+    // nothing is known.
+    let alert = json!({"raised_at": at(240), "code": 1, "kind": 7}).to_string();
+    let reading = json!({"kind": "reading", "device": "d0", "at": at(240)}).to_string();
+    broker.produce(devices, Some(0), None, [framed(1, &alert), framed(77, &reading), framed(1, &reading)]);
+    pipeline.run();
+    let refused: Vec<(String, u64)> = tables.query(
+        "select reason, count(*) from {fleet.dead_letters} where reason not in ('out_of_range', 'unknown_type', 'malformed_json') \
+         group by all order by all",
+    );
+    assert_eq!(refused, [("unknown_schema_id".to_string(), 1), ("wrong_type".to_string(), 1)]);
+    assert_eq!(tables.value::<u64>("select count(*) from {fleet.readings}"), count(240, "reading") + 1);
+}
+
+#[test]
+fn the_number_of_workers_does_not_matter() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    broker.create_topic("types_workers", 2, &[]);
+    broker.create_topic("types_workers_orders", 1, &[]);
+    fill(broker, "types_workers", "types_workers_orders", 0..3_000);
+    let mut found = Vec::new();
+    for (workers, offsets) in [(1, 10_000), (4, 10_000), (3, 1_700)] {
+        let mut pipeline = pipeline(broker, "types_workers", "types_workers_orders");
+        pipeline.set("execution.workers", workers).set("source.max_offsets_per_trigger", offsets);
+        pipeline.run();
+        let tables = pipeline.tables();
+        all_in_place(&tables, 3_000);
+        let columns = [
+            ("fleet.readings", "*"),
+            ("fleet.alerts", "*"),
+            ("shop.orders", "*"),
+            ("fleet.reading_minutes", "*"),
+            ("fleet.alert_minutes", "*"),
+            ("fleet.dead_letters", "* exclude (batch_id, recorded_at)"),
+        ];
+        let whole = |(table, columns): (&str, &str)| -> String {
+            let sql = format!(
+                "select md5(string_agg(t::varchar, '|' order by t::varchar)) from (select {columns} from {{{table}}}) t"
+            );
+            format!("{table}: {}", tables.value::<String>(&sql))
+        };
+        found.push(columns.map(whole));
+    }
+    assert_eq!(found[0], found[1]);
+    assert_eq!(found[0], found[2]);
 }
 
 #[test]
@@ -209,6 +295,117 @@ fn letters_become_rows_of_their_type_once_its_schema_is_mended() {
     let readings: u64 = tables.value("select count(distinct (_kafka_partition, _kafka_offset)) from {fleet.readings}");
     assert_eq!(readings, count(120, "reading") + mended);
     assert_eq!(tables.value::<u64>("select count(*) from {fleet.readings}"), readings);
+}
+
+fn retry(pipeline: &Pipeline, failpoint: &str) -> Floe {
+    let mut command = pipeline.command();
+    command.arg("dlq").arg("retry").arg(pipeline.config_file()).env("FLOE_FAILPOINT", failpoint);
+    Floe::start(command, pipeline.dir(), 3_000 + u32::from(failpoint.is_empty()), String::new())
+}
+
+const EITHER: &str = r#"{"type": "object", "required": ["kind", "n"], "properties": {
+    "kind": {"type": "string"}, "n": {"type": "integer", "maximum": 10}}}"#;
+
+/// Records of `kind` go to `t.some`, all others to `t.others`.
+fn either(pipeline: &mut Pipeline, kind: &str) {
+    let types: toml::Table = format!(
+        r#"
+        [[types]]
+        name = "some"
+        field = "kind"
+        equals = "{kind}"
+        schema = "either.json"
+        table = "t.some"
+        [[types]]
+        name = "others"
+        schema = "either.json"
+        table = "t.others"
+        "#
+    )
+    .parse()
+    .unwrap();
+    pipeline.set("types", types["types"].clone());
+}
+
+/// A batch of letters of both kinds, and from then on a schema that takes them.
+fn letters_of_either(topic: &str) -> (Pipeline, u64) {
+    let broker = Broker::shared();
+    broker.create_topic(topic, 1, &[]);
+    let letters = 60;
+    broker.produce(
+        topic,
+        Some(0),
+        None,
+        (0..2 * letters).map(|i| json!({"kind": (["x", "y"][i % 2]), "n": 11 - i / letters}).to_string()),
+    );
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    pipeline.remove("schema").remove("rows").remove("windows").remove("event_time");
+    let schema = pipeline.dir().join("either.json");
+    fs::write(&schema, EITHER).unwrap();
+    either(&mut pipeline, "x");
+    pipeline.set("dead_letters.table", "t.dead_letters");
+    pipeline.run();
+    let tables = pipeline.tables();
+    assert_eq!(tables.value::<usize>("select count(*) from {t.dead_letters} where reason = 'out_of_range'"), letters);
+    fs::write(&schema, EITHER.replace("10", "20")).unwrap();
+    (pipeline, 2 * letters as u64)
+}
+
+fn each_once(tables: &Tables, records: u64) {
+    let (rows, places): (u64, u64) = tables
+        .query("select count(*), count(distinct _kafka_offset) from (select * from {t.some} union all select * from {t.others})")
+        .remove(0);
+    assert_eq!((rows, places), (records, records));
+}
+
+/// Also when the types are others by the time that the rest is done.
+#[test]
+fn a_retry_killed_between_the_tables_of_two_types_doubles_nothing() {
+    let _turn = turn();
+    for (topic, point) in [
+        ("types_retry_claimed", "dlq.claimed:kill"),
+        ("types_retry_first", "dlq.committed:kill:1"),
+        ("types_retry_written", "dlq.files_written:kill:2"),
+        ("types_retry_second", "dlq.committed:kill:2"),
+    ] {
+        let (mut pipeline, records) = letters_of_either(topic);
+        retry(&pipeline, point).wait().expect_killed();
+        either(&mut pipeline, "y");
+        retry(&pipeline, "").wait().expect_code(0);
+        each_once(&pipeline.tables(), records);
+        retry(&pipeline, "").wait().expect_code(0).expect_output(&["already"]);
+        each_once(&pipeline.tables(), records);
+    }
+}
+
+/// One stands still before its commit, while another, for which the same letters are of the other type, does them all.
+#[test]
+fn retries_at_the_same_time_that_tell_types_apart_differently_double_nothing() {
+    let _turn = turn();
+    let both = |topic: &str, point: &str| -> (Ended, Pipeline, u64) {
+        let (mut pipeline, records) = letters_of_either(topic);
+        let mut first = retry(&pipeline, point);
+        first.until_stopped();
+        either(&mut pipeline, "y");
+        retry(&pipeline, "").wait().expect_code(0).expect_output(&["are rows of"]);
+        each_once(&pipeline.tables(), records);
+        first.signal(libc::SIGCONT);
+        (first.wait(), pipeline, records)
+    };
+    // It has not claimed the tables yet: it does so now, looks again and finds nothing to do.
+    let (first, pipeline, records) = both("types_retry_apart", "dlq.files_written:stop");
+    first.expect_code(0).expect_output(&["already"]);
+    each_once(&pipeline.tables(), records);
+    // It has, and meanwhile the other one has.
+    for (topic, point) in
+        [("types_retry_overtaken", "dlq.claimed:stop"), ("types_retry_midway", "dlq.files_written:stop:2")]
+    {
+        let (first, pipeline, records) = both(topic, point);
+        first.expect_code(1).expect_output(&["another `floe dlq retry` has begun meanwhile", "run it again"]);
+        each_once(&pipeline.tables(), records);
+        retry(&pipeline, "").wait().expect_code(0).expect_output(&["already"]);
+        each_once(&pipeline.tables(), records);
+    }
 }
 
 #[test]

@@ -84,6 +84,16 @@ impl PinnedTable {
         super::commit::snapshot_of(&self.loaded.metadata, &property, batch).map(|s| s.snapshot_id())
     }
 
+    /// The newest value of an entry in the summaries of the snapshots that led to the table as it is.
+    pub fn newest_summary(&self, entry: &str) -> Option<&str> {
+        let metadata = &self.loaded.metadata;
+        let ancestry = std::iter::successors(metadata.current_snapshot(), |snapshot| {
+            metadata.snapshot_by_id(snapshot.parent_snapshot_id()?)
+        });
+        let mut values = ancestry.filter_map(|snapshot| snapshot.summary().additional_properties.get(entry));
+        values.next().map(String::as_str)
+    }
+
     pub fn has_column(&self, name: &str) -> bool {
         self.schema().field_by_name(name).is_some()
     }
