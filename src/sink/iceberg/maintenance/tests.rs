@@ -207,10 +207,9 @@ async fn branches_tags_and_what_others_have_made_stay() {
 #[tokio::test(flavor = "multi_thread")]
 async fn branches_and_tags_go_when_they_are_to() {
     use iceberg::spec::{SnapshotReference, SnapshotRetention};
-    let fixture = Fixture::new();
     for (property, gone) in [("", vec!["brief"]), ("1", vec!["audit", "brief"])] {
-        let name = format!("t.events_{}", Uuid::new_v4().simple());
-        let mut wanted = merging(&name);
+        let fixture = Fixture::new();
+        let mut wanted = merging("t.events");
         if !property.is_empty() {
             wanted.properties.insert("history.expire.max-ref-age-ms".into(), property.into());
         }
