@@ -177,7 +177,11 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text = format!("{text}: {cause}");
+        // Some say their causes themselves, though not all of them.
+        let what = cause.to_string();
+        if !text.contains(&what) {
+            text = format!("{text}: {what}");
+        }
         source = cause.source();
     }
     text

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::error::{ADVICE, Error};
+use crate::error::chain;
 use crate::storage::Location;
 
 #[derive(Clone, Debug)]
@@ -82,11 +83,11 @@ impl Files {
         match self.read(file).await {
             Ok(Some(found)) if found == *bytes => Ok(Created::Ours),
             Ok(Some(found)) => Ok(Created::Theirs(found)),
-            Ok(None) => Err(self.transient(file, format!("cannot write: {error}"))),
+            Ok(None) => Err(self.transient(file, format!("cannot write: {}", chain(&error)))),
             Err(_) => Err(Error::Indeterminate {
                 url: self.url().to_string(),
                 file: file.to_string(),
-                problem: error.to_string(),
+                problem: chain(&error),
             }),
         }
     }
@@ -99,7 +100,7 @@ impl Files {
         match result {
             Ok(bytes) => Ok(Some(bytes)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.transient(file, format!("cannot read: {e}"))),
+            Err(e) => Err(self.transient(file, format!("cannot read: {}", chain(&e)))),
         }
     }
 
@@ -115,7 +116,7 @@ impl Files {
         // A range beyond the end is an error of its own kind in every store: its length tells.
         match self.size(file).await {
             Ok(Some(size)) if ranges.iter().all(|r| r.end <= size) => {
-                Err(self.transient(file, format!("cannot read: {error}")))
+                Err(self.transient(file, format!("cannot read: {}", chain(&error))))
             }
             Ok(_) => Ok(None),
             Err(e) => Err(e),
@@ -126,7 +127,7 @@ impl Files {
         match self.location.store.head(&self.path(file)).await {
             Ok(meta) => Ok(Some(meta.size)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.transient(file, format!("cannot read: {e}"))),
+            Err(e) => Err(self.transient(file, format!("cannot read: {}", chain(&e)))),
         }
     }
 
@@ -136,7 +137,7 @@ impl Files {
         let metas: Vec<_> = match self.location.store.list(Some(&prefix)).try_collect().await {
             Ok(metas) => metas,
             Err(object_store::Error::NotFound { .. }) => Vec::new(),
-            Err(e) => return Err(self.transient(&format!("{folder}/"), format!("cannot list: {e}"))),
+            Err(e) => return Err(self.transient(&format!("{folder}/"), format!("cannot list: {}", chain(&e)))),
         };
         let mut entries: Vec<Entry> = metas
             .into_iter()
@@ -159,7 +160,7 @@ impl Files {
     pub async fn delete(&self, file: &str) -> Result<(), Error> {
         match self.location.store.delete(&self.path(file)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(e) => Err(self.transient(file, format!("cannot delete: {e}"))),
+            Err(e) => Err(self.transient(file, format!("cannot delete: {}", chain(&e)))),
         }
     }
 

@@ -17,7 +17,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{CatalogConfig, Config, ExpectationConfig, RegistryConfig, TypeConfig};
 use crate::decode::framing::schema_id;
 use crate::decode::registry::{Registry, Writer};
-use crate::error::Kind;
+use crate::error::{Kind, chain};
 use crate::pipeline::Pipeline;
 use crate::sink::iceberg::{self, IcebergSink, Probed, TableStep};
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
@@ -419,7 +419,7 @@ fn remove(folders: &[PathBuf]) {
 }
 
 async fn put_and_delete(location: &Location, fix: &str) -> Result<(), String> {
-    let failed = |e| format!("{}: {e}; {fix}", location.url);
+    let failed = |e: object_store::Error| format!("{}: {}; {fix}", location.url, chain(&e));
     let probe = location.prefix.clone().join(probe_name());
     location.store.put(&probe, PutPayload::from_static(b"floe check")).await.map_err(failed)?;
     location.store.delete(&probe).await.map_err(failed)

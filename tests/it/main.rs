@@ -40,6 +40,8 @@ mod maintenance;
 mod model;
 /// Other engines append, delete, expire and branch meanwhile, and keep what they have done.
 mod neighbours;
+/// Nessie: OAuth2 tokens, and a history that its tables do not show.
+mod nessie;
 /// Metrics, health, status; a locked catalog and a full disk.
 mod operating;
 /// Two processes on one checkpoint.

@@ -1,18 +1,17 @@
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use serde_json::Value;
 
 use crate::support::broker::Broker;
-use crate::support::catalogs::{OAuth2Server, RestServer};
+use crate::support::catalogs::RestServer;
 use crate::support::check::{DEAD_LETTERS, ROWS, WINDOWS, everything, fill};
 use crate::support::floe::Pipeline;
 use crate::support::proxy::{Fault, Proxy, Request};
 use crate::support::reader::Tables;
-use crate::support::s3::S3;
 use crate::support::telemetry::Telemetry;
+use crate::support::tls::Tls;
 use crate::support::turn;
 
 fn telemetry() -> Telemetry {
@@ -367,53 +366,29 @@ fn a_catalog_that_is_away_is_waited_for() {
     assert_eq!(nowhere.check().expect_output(&["127.0.0.1:9"]).code(), Some(1));
 }
 
-/// Against an independent server that demands tokens. Needs Java 21 or later: `FLOE_TEST_JAVA=/path/to/bin/java`.
 #[test]
-#[ignore = "fetches 245 MB and needs Java 21; FLOE_TEST_JAVA names it"]
-fn nessie_with_oauth2() {
+fn a_certificate_of_an_own_authority() {
     let _turn = turn();
-    let java = PathBuf::from(std::env::var("FLOE_TEST_JAVA").expect("FLOE_TEST_JAVA"));
-    let oauth2 = OAuth2Server::start();
-    let s3 = S3::start();
-    let endpoint = format!("http://{}", s3.address);
-    let server = RestServer::nessie(
-        &java,
-        &endpoint,
-        "bucket",
-        &[
-            ("nessie.server.authentication.enabled", "true"),
-            ("quarkus.oidc.auth-server-url", &oauth2.issuer),
-            ("quarkus.oidc.client-id", "floe"),
-        ],
-    );
-    let mut pipeline = pipeline(&server.uri, &server);
-    pipeline
-        .set("catalog.warehouse", "wh")
-        .env("AWS_ENDPOINT", &endpoint)
-        .env("AWS_ALLOW_HTTP", "true")
-        .env("AWS_ACCESS_KEY_ID", "test")
-        .env("AWS_SECRET_ACCESS_KEY", "test")
-        .env("AWS_REGION", "us-east-1");
-    pipeline.check().expect_output(&["401"]);
-    pipeline
-        .set("catalog.credential", "floe:hunter2-and-more")
-        .set("catalog.oauth2_server_uri", oauth2.token_uri.as_str());
-    for step in KILLS {
-        let ended = pipeline.run_failing(&format!("{step}:kill")).expect_killed();
-        assert!(!ended.output.contains("hunter2"));
-    }
+    let server = RestServer::start();
+    let tls = Tls::before(&server.address);
+    let mut pipeline = pipeline(&tls.uri, &server);
+    let refused = ["invalid peer certificate", "catalog.ca_file"];
+    pipeline.check().expect_code(1).expect_output(&refused);
+    let mut floe = pipeline.spawn();
+    floe.until("it says what is wrong with the certificate", |floe| {
+        refused.iter().all(|text| floe.output().contains(text)).then_some(())
+    });
+    floe.kill();
+    // Of another authority, which is no better; and no certificate at all.
+    let other = Tls::before(&server.address);
+    pipeline.set("catalog.ca_file", other.ca.to_str().unwrap());
+    pipeline.check().expect_code(1).expect_output(&refused);
+    let empty = pipeline.dir().join("empty.pem");
+    fs::write(&empty, "").unwrap();
+    pipeline.set("catalog.ca_file", empty.to_str().unwrap());
+    pipeline.check().expect_output(&["holds no certificate"]);
+
+    pipeline.set("catalog.ca_file", tls.ca.to_str().unwrap());
     pipeline.run();
-    let tables = Tables::over(
-        &server.uri,
-        serde_json::json!({
-            "credential": "reader:any", "scope": "catalog", "oauth2-server-uri": oauth2.token_uri, "warehouse": "wh",
-            "s3.endpoint": endpoint, "s3.access-key-id": "test", "s3.secret-access-key": "test",
-            "s3.region": "us-east-1", "py-io-impl": "pyiceberg.io.pyarrow.PyArrowFileIO",
-        }),
-    );
-    let truth = telemetry().truth();
-    assert_eq!(tables.table(ROWS).rows, Some(truth.valid));
-    assert_eq!(tables.table(DEAD_LETTERS).rows, Some(truth.dead_letters()));
-    assert_eq!(tables.table(WINDOWS).rows, Some(truth.closed(pipeline.delay_ms()).len() as u64));
-    pipeline.check().expect_code(0).expect_output(&["keeps properties"]);
+    everything_once(&pipeline);
 }

@@ -5,6 +5,7 @@ use crate::support::floe::Pipeline;
 use crate::support::proxy::{Fault, Proxy, Request};
 use crate::support::s3::{KEY, S3};
 use crate::support::telemetry::Telemetry;
+use crate::support::tls::Tls;
 use crate::support::turn;
 
 /// Three batches, and one without data that closes the last windows.
@@ -148,4 +149,21 @@ fn a_store_without_conditional_puts_is_refused() {
     pipeline.spawn().wait().expect_code(3).expect_output(&said);
     let puts = proxy.seen().into_iter().filter(|(method, ..)| method == "PUT");
     assert!(puts.into_iter().all(|(_, path, _)| path.contains(".floe-")), "only probes were written");
+}
+
+/// The store's certificate is trusted by the system's variable.
+#[test]
+fn a_certificate_of_an_own_authority() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "s3_tls";
+    fill(broker, topic, &telemetry());
+    let s3 = S3::start();
+    let tls = Tls::before(&s3.address);
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    pipeline.on_s3(&s3, &tls.uri).env("AWS_ALLOW_HTTP", "false").set("source.max_offsets_per_trigger", 700);
+    pipeline.check().expect_code(1).expect_output(&["invalid peer certificate"]);
+    pipeline.env("SSL_CERT_FILE", tls.ca.to_str().unwrap());
+    pipeline.run();
+    everything(&pipeline, broker, &telemetry());
 }

@@ -123,15 +123,16 @@ impl RestServer {
 
 /// An OAuth2 server that gives any client a signed token.
 pub struct OAuth2Server {
-    /// Where tokens are given out.
-    pub token_uri: String,
+    /// Gives tokens out at `<issuer>/token`.
     pub issuer: String,
+    pub address: String,
     _dir: tempfile::TempDir,
     _process: Process,
 }
 
 impl OAuth2Server {
-    pub fn start() -> OAuth2Server {
+    /// `life` is that of its tokens: an hour by default.
+    pub fn start(life: Option<Duration>) -> OAuth2Server {
         let libs = home().join("mock-oauth2-server");
         fetched(&libs, |new| {
             let mut command = Command::new("mvn");
@@ -148,6 +149,15 @@ impl OAuth2Server {
             .arg("no.nav.security.mock.oauth2.StandaloneMockOAuth2ServerKt")
             .env("SERVER_PORT", port.to_string())
             .env("SERVER_HOSTNAME", "127.0.0.1");
+        if let Some(life) = life {
+            let anyone = serde_json::json!({"requestParam": "grant_type", "match": "*", "claims": {"sub": "anyone"}});
+            let tokens =
+                serde_json::json!({"issuerId": "default", "tokenExpiry": life.as_secs(), "requestMappings": [anyone]});
+            command.env(
+                "JSON_CONFIG",
+                serde_json::json!({"httpServer": "NettyWrapper", "tokenCallbacks": [tokens]}).to_string(),
+            );
+        }
         let process = Process::start(command, dir.path());
         let (address, deadline) = (format!("127.0.0.1:{port}"), Instant::now() + START_TIMEOUT);
         while status(&address, "/isalive").is_none() {
@@ -155,7 +165,7 @@ impl OAuth2Server {
             std::thread::sleep(Duration::from_millis(50));
         }
         let issuer = format!("http://{address}/default");
-        OAuth2Server { token_uri: format!("{issuer}/token"), issuer, _dir: dir, _process: process }
+        OAuth2Server { issuer, address, _dir: dir, _process: process }
     }
 }
 

@@ -197,6 +197,12 @@ impl Pipeline {
         self.set("catalog.type", "rest").set("catalog.uri", uri)
     }
 
+    /// What readers have to know to ask the catalog and the store.
+    pub fn readers_know(&mut self, properties: Value) -> &mut Self {
+        self.store = properties;
+        self
+    }
+
     /// Checkpoint and tables on `s3`, which is reached at `endpoint`; readers ask the server itself. A REST catalog decides
     /// by itself where tables are.
     pub fn on_s3(&mut self, s3: &S3, endpoint: &str) -> &mut Self {

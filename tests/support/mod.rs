@@ -11,6 +11,7 @@ pub mod reader;
 pub mod s3;
 pub mod spark;
 pub mod telemetry;
+pub mod tls;
 
 use std::sync::{Condvar, Mutex};
 

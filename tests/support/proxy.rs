@@ -51,8 +51,8 @@ type Rule = Box<dyn FnMut(&Request) -> Fault + Send>;
 struct Shared {
     upstream: String,
     rule: Mutex<Rule>,
-    /// The server takes no transactions, as far as its clients are told.
-    hide_transactions: bool,
+    /// What is blotted out in the answers to paths with this in them.
+    hidden: Option<(String, String)>,
     /// Method, path and the status that the server gave.
     seen: Mutex<Vec<(String, String, u16)>>,
     held: Mutex<usize>,
@@ -67,17 +67,27 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(upstream: &str, rule: impl FnMut(&Request) -> Fault + Send + 'static) -> Proxy {
-        Proxy::start_with(upstream, false, rule)
+        Proxy::start_with(upstream, None, rule)
     }
 
     /// As [`Proxy::start`], in front of a server that does not commit several tables together.
     pub fn without_transactions(upstream: &str, rule: impl FnMut(&Request) -> Fault + Send + 'static) -> Proxy {
-        Proxy::start_with(upstream, true, rule)
+        Proxy::hiding(upstream, "/config", "transactions/commit", rule)
+    }
+
+    /// As [`Proxy::start`], with `text` blotted out in the answers to paths that have `path` in them.
+    pub fn hiding(
+        upstream: &str,
+        path: &str,
+        text: &str,
+        rule: impl FnMut(&Request) -> Fault + Send + 'static,
+    ) -> Proxy {
+        Proxy::start_with(upstream, Some((path.to_string(), text.to_string())), rule)
     }
 
     fn start_with(
         upstream: &str,
-        hide_transactions: bool,
+        hidden: Option<(String, String)>,
         rule: impl FnMut(&Request) -> Fault + Send + 'static,
     ) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
@@ -85,7 +95,7 @@ impl Proxy {
         let shared = Arc::new(Shared {
             upstream: upstream.to_string(),
             rule: Mutex::new(Box::new(rule)),
-            hide_transactions,
+            hidden,
             seen: Mutex::default(),
             held: Mutex::default(),
             released: Default::default(),
@@ -150,9 +160,8 @@ fn serve(shared: &Shared, mut client: TcpStream) -> std::io::Result<()> {
     let status = String::from_utf8_lossy(&reply[..reply.len().min(12)]).split(' ').nth(1).and_then(|s| s.parse().ok());
     let status = status.unwrap_or(0);
     shared.seen.lock().unwrap().push((request.method.clone(), request.path.clone(), status));
-    if shared.hide_transactions && request.path.contains("/config") {
-        let hidden = String::from_utf8_lossy(&reply).replace("transactions/commit", "transactions/xxxxxx");
-        reply = hidden.into_bytes();
+    if let Some((_, text)) = shared.hidden.as_ref().filter(|(path, _)| request.path.contains(path)) {
+        reply = String::from_utf8_lossy(&reply).replace(text, &"x".repeat(text.len())).into_bytes();
     }
     match fault {
         Fault::LoseAnswer => client.shutdown(Shutdown::Both),

@@ -197,7 +197,7 @@ impl Tables {
     }
 
     fn of_table<T: DeserializeOwned>(&self, op: &str, table: &str, more: Value) -> T {
-        let mut request = json!({"op": op, "catalog": self.catalog, "table": table});
+        let mut request = json!({"op": op, "catalog": self.catalog, "properties": self.properties, "table": table});
         if let (Value::Object(request), Value::Object(more)) = (&mut request, more) {
             request.extend(more);
         }
@@ -308,7 +308,7 @@ impl Tables {
 
     /// Another engine commits to the table and leaves the rows as they are.
     pub fn touch(&self, table: &str) {
-        try_ask(&json!({"op": "touch", "catalog": self.catalog, "table": table})).unwrap_or_else(|e| panic!("{e}"));
+        let () = self.of_table("touch", table, json!({}));
     }
 
     /// Another writer appends a copy of one row `times` times, each in a commit of its own, with `topic` and a number as

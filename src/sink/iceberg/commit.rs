@@ -454,6 +454,28 @@ pub(super) async fn manifest_list(
     ManifestList::parse_with_version(&bytes, metadata.format_version())
 }
 
+/// Not with `gc.enabled = false`: another table may use the same files, or the catalog keep a history that the table does
+/// not show.
+pub(super) fn may_delete_files(metadata: &TableMetadata) -> bool {
+    metadata.properties().get("gc.enabled").is_none_or(|enabled| !enabled.eq_ignore_ascii_case("false"))
+}
+
+/// Whether one of the files is in one of the manifests.
+pub(super) async fn holds_any(
+    file_io: &FileIO,
+    manifests: Vec<ManifestFile>,
+    files: &[DataFile],
+) -> iceberg::Result<bool> {
+    let files: HashSet<&str> = files.iter().map(DataFile::file_path).collect();
+    for manifest in manifests {
+        let manifest = manifest.load_manifest(file_io).await?;
+        if manifest.entries().iter().any(|entry| entry.is_alive() && files.contains(entry.file_path())) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Best effort: files that certainly nothing references. Returns how many are gone.
 pub(super) async fn delete_all(file_io: &FileIO, locations: Vec<String>) -> u64 {
     let delete = |location: String| {

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::catalog::{Catalog, CommitError, TableChange, TableName, iceberg_error};
 use super::storage::TableStorage;
 use super::{CatalogConfig, TableSpec, open_read_only};
+use crate::error::chain;
 use crate::sink::Error;
 
 const PROPERTY: &str = "floe.probe";
@@ -99,7 +100,7 @@ async fn change(
 
 async fn write(storage: &TableStorage, metadata: &TableMetadata) -> Result<(), Error> {
     let location = format!("{}/metadata/.floe-check-{}", metadata.location().trim_end_matches('/'), Uuid::new_v4());
-    let failed = |e: &dyn std::fmt::Display| Error::transient(e.to_string());
+    let failed = |e: &dyn std::error::Error| Error::transient(chain(e));
     let (store, path) = storage.locate(&location).map_err(|e| failed(&e))?;
     store.put(&path, PutPayload::from_static(b"floe check")).await.map_err(|e| failed(&e))?;
     store.delete(&path).await.map_err(|e| failed(&e))

@@ -20,7 +20,7 @@ use iceberg::{NamespaceIdent, Runtime, TableIdent};
 use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
-use super::commit::carried;
+use super::commit::{carried, holds_any, may_delete_files};
 use super::storage::TableStorage;
 use super::{IcebergSink, Marker, open_read_only};
 use crate::batch::BatchId;
@@ -147,7 +147,12 @@ impl PinnedTable {
         filter: Option<Predicate>,
         batch_rows: usize,
     ) -> Result<Rows, Error> {
-        let Some(snapshot) = self.loaded.metadata.current_snapshot() else { return Ok(stream::empty().boxed()) };
+        let new = self.manifests_since(older).await?;
+        self.scan_manifests(new, None, columns, filter, batch_rows).await
+    }
+
+    async fn manifests_since(&self, older: &PinnedTable) -> Result<Vec<ManifestFile>, Error> {
+        let Some(snapshot) = self.loaded.metadata.current_snapshot() else { return Ok(Vec::new()) };
         let known: HashSet<String> = match older.loaded.metadata.current_snapshot() {
             Some(snapshot) => {
                 let list = older.manifests(snapshot).await?;
@@ -156,8 +161,17 @@ impl PinnedTable {
             None => HashSet::new(),
         };
         let list = self.manifests(snapshot).await?;
-        let new = list.consume_entries().into_iter().filter(|m| !known.contains(&m.manifest_path)).collect();
-        self.scan_manifests(new, None, columns, filter, batch_rows).await
+        Ok(list.consume_entries().into_iter().filter(|m| !known.contains(&m.manifest_path)).collect())
+    }
+
+    /// Whether a snapshot with these files is part of the table. By the files too: a catalog may show the newest snapshot
+    /// only, and others have gone on since.
+    async fn has_appended(&self, before: &PinnedTable, snapshot_id: i64, files: &[DataFile]) -> Result<bool, Error> {
+        if self.loaded.metadata.snapshot_by_id(snapshot_id).is_some() {
+            return Ok(true);
+        }
+        let new = self.manifests_since(before).await?;
+        holds_any(&self.file_io, new, files).await.map_err(self.failed())
     }
 
     async fn manifests(&self, snapshot: &Snapshot) -> Result<ManifestList, Error> {
@@ -254,17 +268,21 @@ impl IcebergSink {
             Ok(()) => Ok(Append::Done { snapshot: snapshot_id }),
             Err(CommitError::Conflict(_)) => {
                 // A proxy that has sent the request twice gets a conflict with itself.
-                if self.pin(table).await?.loaded.metadata.snapshot_by_id(snapshot_id).is_some() {
+                let now = self.pin(table).await?;
+                if now.has_appended(base, snapshot_id, files).await? {
                     return Ok(Append::Done { snapshot: snapshot_id });
                 }
-                self.0.forget(written.into_iter()).await;
+                if may_delete_files(&now.loaded.metadata) {
+                    self.0.forget(written.into_iter()).await;
+                }
                 Ok(Append::Conflict)
             }
             Err(CommitError::Failed(Error::Indeterminate { message })) => {
-                let now = self.pin(table).await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
-                match now.loaded.metadata.snapshot_by_id(snapshot_id) {
-                    Some(_) => Ok(Append::Done { snapshot: snapshot_id }),
-                    None => Err(Error::Indeterminate { message }),
+                let unknown = |e| Error::indeterminate(format!("{message}; {e}"));
+                let now = self.pin(table).await.map_err(unknown)?;
+                match now.has_appended(base, snapshot_id, files).await.map_err(unknown)? {
+                    true => Ok(Append::Done { snapshot: snapshot_id }),
+                    false => Err(Error::Indeterminate { message }),
                 }
             }
             Err(CommitError::Failed(error)) => Err(error),

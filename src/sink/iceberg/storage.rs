@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWrite;
 
 use super::vended::Vended;
+use crate::error::chain;
 
 /// Files up to this size go out in one request; larger ones in parts of it.
 const PART_BYTES: usize = 8 << 20;
@@ -84,7 +85,7 @@ impl TableStorage {
 }
 
 fn failed(location: &str, action: &str, source: object_store::Error) -> Error {
-    Error::new(ErrorKind::Unexpected, format!("cannot {action} {location}: {source}"))
+    Error::new(ErrorKind::Unexpected, format!("cannot {action} {location}: {}", chain(&source)))
 }
 
 #[typetag::serde(name = "floe")]

@@ -14,14 +14,16 @@ use iceberg::spec::{
 };
 use uuid::Uuid;
 
-use super::expire::{ATTEMPTS, BACKOFF, fail_at, may_delete_files};
+use super::expire::{ATTEMPTS, BACKOFF, fail_at};
 use super::reach::read_all;
 use super::small::{Group, Partition, PartitionTime, Rules, SmallFile};
 use super::{Maintainer, Round, SUMMARY_PROPERTY, TableReport, rewrite};
 use crate::retry::random;
 use crate::sink::Error;
 use crate::sink::iceberg::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
-use crate::sink::iceberg::commit::{NextSnapshot, delete_all, manifest_list, new_snapshot_id};
+use crate::sink::iceberg::commit::{
+    NextSnapshot, delete_all, holds_any, manifest_list, may_delete_files, new_snapshot_id,
+};
 use crate::sink::iceberg::files::FileLayout;
 use crate::sink::iceberg::manifests::{Merge, Policy};
 
@@ -244,16 +246,9 @@ impl Maintainer {
             return Ok(true);
         }
         let Some(current) = now.current_snapshot() else { return Ok(false) };
-        let written: HashSet<&str> = files.iter().map(|file| file.file_path()).collect();
         let manifests = manifest_list(&self.file_io, now, current).await?.consume_entries().into_iter();
         let new = manifests.filter(|m| found.is_new(m, layout.spec.spec_id())).collect();
-        let mut reading = read_all(&self.file_io, new);
-        while let Some((_, manifest)) = reading.next().await {
-            if manifest?.entries().iter().any(|entry| entry.is_alive() && written.contains(entry.file_path())) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        holds_any(&self.file_io, new, files).await
     }
 
     /// None where a file of the group is no longer in the table, or rows of the partition were deleted.

@@ -17,7 +17,7 @@ use crate::failpoint;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
 use crate::sink::iceberg::catalog::{CommitError, TableChange, TableName, iceberg_error};
-use crate::sink::iceberg::commit::{Marker, delete_all, snapshot_of};
+use crate::sink::iceberg::commit::{Marker, delete_all, may_delete_files, snapshot_of};
 
 pub(super) const ATTEMPTS: u32 = 10;
 pub(super) const BACKOFF: Strategy =
@@ -101,11 +101,6 @@ impl Maintainer {
 
 pub(super) fn fail_at(name: &str) -> Result<(), Error> {
     if failpoint::hit(name) { Err(Error::transient(format!("failpoint {name}"))) } else { Ok(()) }
-}
-
-/// `gc.enabled = false`: another table may use the same files.
-pub(super) fn may_delete_files(metadata: &TableMetadata) -> bool {
-    metadata.properties().get("gc.enabled").is_none_or(|enabled| !enabled.eq_ignore_ascii_case("false"))
 }
 
 /// What the table no longer needs.

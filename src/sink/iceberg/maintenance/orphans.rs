@@ -12,11 +12,12 @@ use iceberg::spec::TableMetadata;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
-use super::expire::{fail_at, may_delete_files};
+use super::expire::fail_at;
 use super::reach::{manifests_of, read_all, statistics};
 use super::{Maintainer, Round, TableReport};
 use crate::sink::Error;
 use crate::sink::iceberg::catalog::{LoadedTable, TableName, iceberg_error};
+use crate::sink::iceberg::commit::may_delete_files;
 
 const METADATA_SUFFIXES: [&str; 5] = [".avro", ".metadata.json", ".metadata.json.gz", ".puffin", ".stats"];
 const DATA_SUFFIXES: [&str; 4] = [".parquet", ".orc", ".avro", ".puffin"];

@@ -12,9 +12,9 @@ use serde::Deserialize;
 use tokio::sync::Mutex;
 use url::Url;
 
+use super::client::cause;
 use super::sigv4::{self, Signing};
 use crate::config::{RestAuth, RestConfig};
-use crate::error::chain;
 use crate::sink::Error;
 
 /// A token is replaced so long before it runs out, or after nine tenths of a shorter life.
@@ -196,7 +196,7 @@ impl ClientCredentials {
         let asked = Instant::now();
         let server = &self.server;
         let no_answer = |e: reqwest::Error| {
-            Error::transient(format!("OAuth2 server {server}: {}; is it reachable from here?", chain(&e.without_url())))
+            Error::transient(format!("OAuth2 server {server}: {}; is it reachable from here?", cause(e)))
         };
         let request = http
             .post(server.clone())

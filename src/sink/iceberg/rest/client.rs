@@ -129,7 +129,11 @@ impl Client {
         if let Some(file) = &config.ca_file {
             let failed = |e: &dyn fmt::Display| Error::fatal(format!("catalog.ca_file {}: {e}", file.display()));
             let pem = std::fs::read(file).map_err(|e| failed(&e))?;
-            for certificate in reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| failed(&e))? {
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| failed(&e))?;
+            if certificates.is_empty() {
+                return Err(failed(&"holds no certificate in PEM"));
+            }
+            for certificate in certificates {
                 builder = builder.add_root_certificate(certificate);
             }
         }
@@ -213,7 +217,7 @@ impl Client {
             }
             let no_answer = |e: reqwest::Error| {
                 let outcome = if e.is_connect() { Outcome::NotSent } else { Outcome::NoAnswer };
-                failed(outcome, &chain(&e.without_url()))
+                failed(outcome, &cause(e))
             };
             let answer = request.send().await.map_err(no_answer)?;
             let status = answer.status();
@@ -222,7 +226,7 @@ impl Client {
                 refused = token;
                 continue;
             }
-            let answered = answer.bytes().await.map_err(|e| failed(Outcome::NoAnswer, &chain(&e.without_url())))?;
+            let answered = answer.bytes().await.map_err(|e| failed(Outcome::NoAnswer, &cause(e)))?;
             if status.is_success() {
                 return Ok(answered);
             }
@@ -244,6 +248,16 @@ impl Client {
             return Err(failure);
         }
     }
+}
+
+/// Why there is no answer. The URL is in the message already.
+pub fn cause(error: reqwest::Error) -> String {
+    let mut cause = chain(&error.without_url());
+    // The error of the TLS library is of no type that could be asked for it.
+    if cause.contains("invalid peer certificate") {
+        cause.push_str("; if its issuer is to be trusted, name the issuer's certificate in catalog.ca_file");
+    }
+    cause
 }
 
 fn needs_tls(config: &RestConfig) -> bool {

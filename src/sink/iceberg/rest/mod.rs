@@ -31,6 +31,8 @@ use crate::config::RestConfig;
 use crate::failpoint;
 use crate::sink::Error;
 
+/// Iceberg's first id of a partition field.
+const FIRST_PARTITION_FIELD: i32 = 1000;
 const COMMIT_TRANSACTION: &str = "POST /v1/{prefix}/transactions/commit";
 
 #[derive(Clone, Debug)]
@@ -243,8 +245,12 @@ fn creation_body(table: &TableName, creation: TableCreation) -> Result<Value, Er
     });
     if let Some(spec) = &creation.partition_spec {
         body["partition-spec"] = serde_json::to_value(spec).map_err(no_json)?;
-        // The server gives its own, and Java's parser wants one all the same.
+        // The server gives its own ids, and Java's parser and Nessie want some all the same.
         body["partition-spec"]["spec-id"] = json!(spec.spec_id().unwrap_or_default());
+        let fields = body["partition-spec"]["fields"].as_array_mut().into_iter().flatten();
+        for (id, field) in (FIRST_PARTITION_FIELD..).zip(fields) {
+            field["field-id"] = json!(id);
+        }
     }
     if let Some(order) = &creation.sort_order {
         body["write-order"] = serde_json::to_value(order).map_err(no_json)?;
