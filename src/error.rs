@@ -93,6 +93,11 @@ pub enum Error {
     )]
     TableRecreated { table: String, then: Uuid, now: Uuid, batch: BatchId },
     #[error(
+        "table {table} (uuid {uuid}) is not in the catalog, though batch {batch} was planned for it: what it held is gone, or this is \
+         another catalog. Nothing was created. Restore it, or start over with a new checkpoint and new tables"
+    )]
+    TableGone { table: String, uuid: Uuid, batch: BatchId },
+    #[error(
         "table {table} is older than the checkpoint: it has {}, the checkpoint has committed batch {committed}. An old copy of the \
          catalog? Rows in between are missing from it. Restore the newest catalog, or start over with a new checkpoint and new tables",
         batch_text(.has)
@@ -130,6 +135,7 @@ impl Error {
             | Error::CheckpointOlder { .. }
             | Error::CheckpointLost { .. }
             | Error::TableRecreated { .. }
+            | Error::TableGone { .. }
             | Error::NotRebuilt(_)
             | Error::TableOlder { .. } => Kind::Fatal,
         }

@@ -26,6 +26,7 @@ use uuid::Uuid;
 
 use crate::batch::{BatchId, MicroBatch, TopicPartition};
 use crate::checkpoint::Counts;
+use crate::dead_letter::retry::Places;
 use crate::dead_letter::{self, Reason};
 use crate::decode::registry::BatchRegistry;
 use crate::decode::route::Split;
@@ -107,28 +108,8 @@ pub fn execute(
     cancel: &AtomicBool,
 ) -> Result<Executed, Error> {
     let workers = pipeline.workers;
-    let job = Job {
-        pipeline,
-        sink,
-        plan,
-        registry,
-        attempt,
-        cancel,
-        chunks: Mutex::new(chunks),
-        lanes: (plan.ranges.keys())
-            .flat_map(|_| pipeline.types.iter().map(|of| OrderedLane::new(pipeline, of, plan)))
-            .collect(),
-        violation: Mutex::new(None),
-    };
-
-    let mut account = Account::new(pipeline);
-    for output in run_workers(workers, cancel, |worker| job.read(worker))? {
-        account.add(output);
-    }
-    // All of the batch has been looked at: the record that is named is the first one whoever was faster.
-    if let Some(violation) = lock(&job.violation).take() {
-        return Err(Error::Expectation(violation));
-    }
+    let job = Job::new(pipeline, Some(sink), plan, registry, chunks, attempt, cancel);
+    let mut account = job.run()?;
     if !plan.gaps.is_empty() {
         let mut tables = job.writers(workers);
         let gaps = dead_letter::from_gaps(&plan.gaps, plan.batch, plan.trigger_time_ms);
@@ -136,7 +117,7 @@ pub fn execute(
         account.files(tables.finish()?);
     }
 
-    let lanes: Vec<Lane> = job.lanes.into_iter().map(OrderedLane::into_lane).collect::<Result<_, _>>()?;
+    let lanes = job.into_lanes()?;
     for lane in &lanes {
         account.counts.max_event_time_us = account.counts.max_event_time_us.max(lane.max_event_time_us());
         account.counts.without_event_time += lane.rows_without_time();
@@ -154,6 +135,22 @@ pub fn execute(
         account.add(output);
     }
     Ok(Executed { files: account.files, delta, state, counts: account.counts, event_times: account.event_times })
+}
+
+/// The part of it that windows see, of records that have been read before: partial aggregates by partition and type. Nothing is
+/// written. `without` are the records that were refused then.
+pub fn aggregate(
+    pipeline: &Pipeline,
+    plan: &MicroBatch,
+    registry: Option<Arc<BatchRegistry>>,
+    chunks: Chunks,
+    without: &Places,
+    cancel: &AtomicBool,
+) -> Result<(Vec<Lane>, Counts), Error> {
+    let mut job = Job::new(pipeline, None, plan, registry, chunks, Uuid::nil(), cancel);
+    job.without = Some(without);
+    let account = job.run()?;
+    Ok((job.into_lanes()?, account.counts))
 }
 
 /// Runs `work` on every worker and returns what each produced, in worker order. The first failure cancels the others.
@@ -232,7 +229,8 @@ impl Account {
 
 /// The file writers of one worker, opened when first written to.
 struct Writers<'a> {
-    sink: &'a IcebergSink,
+    /// None: nothing is kept.
+    sink: Option<&'a IcebergSink>,
     plan: &'a MicroBatch,
     attempt: Uuid,
     worker: usize,
@@ -241,13 +239,9 @@ struct Writers<'a> {
 
 impl Writers<'_> {
     fn write(&mut self, table: usize, rows: &RecordBatch) -> Result<(), Error> {
-        if rows.num_rows() == 0 {
-            return Ok(());
-        }
-        let writer = self
-            .open
-            .entry(table)
-            .or_insert_with(|| self.sink.writer(table, self.plan.batch, self.attempt, self.worker));
+        let Some(sink) = self.sink.filter(|_| rows.num_rows() > 0) else { return Ok(()) };
+        let writer =
+            self.open.entry(table).or_insert_with(|| sink.writer(table, self.plan.batch, self.attempt, self.worker));
         Ok(writer.write(rows)?)
     }
 
@@ -259,7 +253,7 @@ impl Writers<'_> {
 /// Reading, decoding, aggregating and writing rows: what the workers of a batch share.
 struct Job<'a> {
     pipeline: &'a Pipeline,
-    sink: &'a IcebergSink,
+    sink: Option<&'a IcebergSink>,
     plan: &'a MicroBatch,
     registry: Option<Arc<BatchRegistry>>,
     attempt: Uuid,
@@ -269,6 +263,8 @@ struct Job<'a> {
     lanes: Vec<OrderedLane>,
     /// The first record that an expectation does not let pass.
     violation: Mutex<Option<Violation>>,
+    /// Records to be left out.
+    without: Option<&'a Places>,
 }
 
 /// What one worker has done so far.
@@ -279,6 +275,47 @@ struct Done<'a> {
 }
 
 impl<'a> Job<'a> {
+    fn new(
+        pipeline: &'a Pipeline,
+        sink: Option<&'a IcebergSink>,
+        plan: &'a MicroBatch,
+        registry: Option<Arc<BatchRegistry>>,
+        chunks: Chunks,
+        attempt: Uuid,
+        cancel: &'a AtomicBool,
+    ) -> Job<'a> {
+        Job {
+            pipeline,
+            sink,
+            plan,
+            registry,
+            attempt,
+            cancel,
+            chunks: Mutex::new(chunks),
+            lanes: (plan.ranges.keys())
+                .flat_map(|_| pipeline.types.iter().map(|of| OrderedLane::new(pipeline, of, plan)))
+                .collect(),
+            violation: Mutex::new(None),
+            without: None,
+        }
+    }
+
+    fn run(&self) -> Result<Account, Error> {
+        let mut account = Account::new(self.pipeline);
+        for output in run_workers(self.pipeline.workers, self.cancel, |worker| self.read(worker))? {
+            account.add(output);
+        }
+        // All of the batch has been looked at: the record that is named is the first one whoever was faster.
+        match lock(&self.violation).take() {
+            Some(violation) => Err(Error::Expectation(violation)),
+            None => Ok(account),
+        }
+    }
+
+    fn into_lanes(self) -> Result<Vec<Lane>, Error> {
+        self.lanes.into_iter().map(OrderedLane::into_lane).collect()
+    }
+
     fn writers(&self, worker: usize) -> Writers<'a> {
         Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() }
     }
@@ -336,8 +373,11 @@ impl<'a> Job<'a> {
         done: &mut Done<'_>,
     ) -> Result<(), Error> {
         let message_type = &self.pipeline.types[of];
-        let Admitted { batch, records, rejected, filtered, dropped, failures, violation } =
-            admit(message_type, self.plan.trigger_time_ms, chunk, decoder)?;
+        let mut admitted = admit(message_type, self.plan.trigger_time_ms, chunk, decoder)?;
+        if let Some(without) = self.without {
+            admitted.leave_out(without, chunk)?;
+        }
+        let Admitted { batch, records, rejected, filtered, dropped, failures, violation } = admitted;
         done.counts.filtered += filtered;
         done.counts.dropped += dropped;
         for (expectation, failures) in message_type.expectations.iter().zip(&failures) {
@@ -384,7 +424,7 @@ impl<'a> Job<'a> {
         schema: Option<&str>,
         done: &mut Done<'_>,
     ) -> Result<(), Error> {
-        if rejected.is_empty() {
+        if rejected.is_empty() || self.sink.is_none() {
             return Ok(());
         }
         for rejection in rejected {
@@ -409,6 +449,17 @@ pub struct Admitted {
     pub failures: Vec<u64>,
     /// The first record that an expectation of the kind `fail` does not let pass: nothing of the batch may be committed.
     pub violation: Option<Violation>,
+}
+
+impl Admitted {
+    fn leave_out(&mut self, places: &Places, chunk: &Chunk) -> Result<(), Error> {
+        let Some(offsets) = places.get(&(chunk.topic.to_string(), chunk.partition)) else { return Ok(()) };
+        let stays = |&record: &u32| Some(!offsets.contains(&chunk.records[record as usize].offset));
+        let kept: BooleanArray = self.records.iter().map(stays).collect();
+        self.batch = filter_record_batch(&self.batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
+        self.records = keep_records(&self.records, &kept);
+        Ok(())
+    }
 }
 
 /// Decoding, checks, `[transform]` and expectations: the way of a record into the tables, the first time and when a dead letter is
@@ -643,7 +694,7 @@ struct Emit<'a> {
 impl Emit<'_> {
     fn run(&self, worker: usize) -> Result<Output, Error> {
         let mut writers =
-            Writers { sink: self.sink, plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() };
+            Writers { sink: Some(self.sink), plan: self.plan, attempt: self.attempt, worker, open: BTreeMap::new() };
         let mut counts = Counts::default();
         loop {
             let next = lock(&self.closed).next();

@@ -14,6 +14,7 @@ use super::state_files::StateFile;
 use super::windows::WindowStates;
 use crate::batch::{BatchId, MicroBatch};
 use crate::config::Definition;
+use crate::window::reread::Reread;
 use crate::window::watermark::EventTimeProgress;
 
 /// A plan that is in the offset log.
@@ -90,6 +91,9 @@ pub struct CommitEntry {
     /// What each partition has shown so far; empty where there are no windows.
     #[serde(default, skip_serializing_if = "EventTimeProgress::is_empty")]
     pub event_times: EventTimeProgress,
+    /// From where on the open windows could be aggregated again; None where there are no windows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reread: Option<Reread>,
     /// By which numbers the state files know the windows.
     #[serde(default, skip_serializing_if = "WindowStates::is_empty")]
     pub windows: WindowStates,

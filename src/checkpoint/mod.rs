@@ -4,8 +4,8 @@
 //! metadata.json          query id (UUID, for ever), format version, pipeline name
 //! owners/<epoch>.json    who runs this query; the highest epoch owns it
 //! offsets/<batch>.json   write-ahead: ranges, topic ids, table UUIDs, watermarks in force, config fingerprint, epoch
-//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, settings, numbers of
-//!                        the windows, state files that make up the state, snapshot ids, counts
+//! commits/<batch>.json   done: plan digest, next watermark, latest event time of each partition, how far back open windows
+//!                        reach, settings, numbers of the windows, state files that make up the state, snapshot ids, counts
 //! state/<batch>-<attempt>.delta | -<part>.run
 //! control/held-<batch>.json, resume-<batch>.json   the circuit breaker holds a batch back; a person lets it through
 //! control/drop-<batch>.json                        state of windows that are no more may be dropped after this batch
@@ -241,6 +241,14 @@ impl Checkpoint {
         max_window_end_us: Option<i64>,
     ) -> Result<StateFile, Error> {
         state_files::put(&self.files, batch, attempt, kind, bytes.into(), crc32, max_window_end_us).await
+    }
+
+    /// Deletes state files that no commit names.
+    pub async fn remove_state(&self, files: &[StateFile]) -> Result<(), Error> {
+        for file in files {
+            self.files.delete(&file.name).await?;
+        }
+        Ok(())
     }
 
     /// The last bytes of a state file, at most `most`. Fatal when it is missing or not as long as it was.

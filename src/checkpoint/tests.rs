@@ -48,6 +48,7 @@ fn commit(plan: &LoggedPlan, state: &[StateFile]) -> CommitEntry {
         plan_digest: plan.digest.clone(),
         watermark_next_ms: Some(-1),
         event_times: EventTimeProgress::default(),
+        reread: None,
         windows: WindowStates::default(),
         definition: crate::config::Definition::default(),
         state: state.to_vec(),

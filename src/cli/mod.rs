@@ -72,9 +72,13 @@ enum Command {
     },
     /// Rebuild a lost checkpoint, so that the pipeline goes on where its tables are. Never overwrites one.
     Recover {
-        /// From the pipeline's own tables; windows that were still open are aggregated again from its rows table.
+        /// From the pipeline's own tables; windows that were still open are aggregated again from its rows table, or from Kafka.
         #[arg(long, required = true)]
         from_table: bool,
+        /// Go on without those open windows that can be had from neither; otherwise nothing is rebuilt then. It is said what
+        /// they lack.
+        #[arg(long)]
+        drop_open_windows: bool,
         #[command(flatten)]
         file: File,
     },
@@ -171,9 +175,9 @@ impl Cli {
                 Ok(ExitCode::SUCCESS)
             }
             // Required, so that a later source can be told apart by its name.
-            Command::Recover { from_table: _, file } => {
+            Command::Recover { from_table: _, drop_open_windows, file } => {
                 crate::telemetry::init_logs_at("error").map_err(Error::Variable)?;
-                let rebuilt = crate::query::rebuild(&load(&file.file)?).await?;
+                let rebuilt = crate::query::rebuild(&load(&file.file)?, drop_open_windows).await?;
                 writeln!(std::io::stdout(), "{rebuilt}").map_err(|e| Error::Other(e.to_string()))?;
                 Ok(ExitCode::SUCCESS)
             }
@@ -214,6 +218,7 @@ mod tests {
             ("floe demo --seconds 3", true),
             ("floe run a b", false),
             ("floe recover --from-table pipeline.toml", true),
+            ("floe recover --from-table --drop-open-windows pipeline.toml", true),
             ("floe recover pipeline.toml", false),
             (
                 "floe dlq list pipeline.toml --reason empty --reason wrong_type --since 2026-03-01 --by hour --json",

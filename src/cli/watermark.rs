@@ -435,6 +435,7 @@ mod tests {
                 ]
                 .into(),
             },
+            reread: None,
             windows: Default::default(),
             definition: Default::default(),
             state: Vec::new(),

@@ -475,6 +475,7 @@ mod tests {
             plan_digest: String::new(),
             watermark_next_ms: None,
             event_times: EventTimeProgress { partitions: [(tp, time)].into(), records_since_ms: 0 },
+            reread: None,
             windows: WindowStates::default(),
             definition: Definition::default(),
             state: Vec::new(),

@@ -9,6 +9,7 @@
 pub mod changes;
 mod compaction;
 mod hold;
+mod open_windows;
 mod packed;
 mod progress;
 mod rebuild;
@@ -38,12 +39,14 @@ use crate::retry::{random, with_deadline};
 use crate::sink::iceberg::{BatchCommit, IcebergSink, Marker};
 use crate::source::kafka::KafkaSource;
 use crate::source::{self, Available, Source};
-use crate::state::StateStore;
+use crate::state::{StateStore, WindowQuery};
 use crate::telemetry::{self, BatchProgress, Telemetry};
 use crate::trigger::Trigger;
 use crate::window;
+use crate::window::reread::Reread;
 use crate::window::watermark::{self, EventTimeProgress, HeldBy, PartitionRead};
 
+pub use self::open_windows::{Reopened, Road};
 use self::progress::lag;
 use self::rebuild::Progress;
 pub use self::rebuild::{Rebuilt, rebuild};
@@ -232,6 +235,8 @@ struct Session {
     last: Option<Last>,
     /// What each partition has shown up to the last committed batch.
     event_times: EventTimeProgress,
+    /// From where on the open windows could be aggregated again; None: there are none.
+    reread: Option<Reread>,
     /// Logged by an earlier attempt, this process's or another's.
     pending: Option<LoggedPlan>,
     /// The pending batch, when tables have it already and only its commit log is missing.
@@ -427,6 +432,7 @@ impl Session {
 
         let mut watermark_next_ms = plan.watermarks.evict_ms;
         let mut progressed = EventTimeProgress::default();
+        let mut reread = None;
         if let Some(event_time) = query.config.event_time.as_ref().filter(|_| !query.pipeline.windows.is_empty()) {
             let delay_ms = event_time.watermark_delay.as_millis() as i64;
             watermark_next_ms = event_time.policy.after_batch(watermark_next_ms, counts.max_event_time_us, delay_ms);
@@ -440,6 +446,14 @@ impl Session {
             });
             let idle_timeout_ms = event_time.policy.idle_timeout_ms();
             progressed = self.event_times.after_batch(plan.trigger_time_ms, idle_timeout_ms, read);
+            let queries = &query.pipeline.queries;
+            let closed = |time_us| {
+                // How far back sessions reach is not known anyway.
+                let closed = |q: &WindowQuery| window::closed(q.windowing().last_end(time_us), evict_ms);
+                queries.iter().filter(|q| !q.is_session()).all(closed)
+            };
+            let before = self.reread.clone().unwrap_or_else(|| Reread::begin(&plan));
+            reread = Some(before.after_batch(&plan, progressed.latest_ms(), closed));
         }
         // 5. Commit the tables, all of them or none.
         let started = Instant::now();
@@ -450,7 +464,7 @@ impl Session {
             marker: Marker { pipeline: query.config.name.clone(), batch: plan.batch, plan: marker },
             tables: plan.tables.clone(),
             summary: summary(&plan)?,
-            properties: self.properties(query, &plan, &logged, watermark_next_ms, &progressed)?,
+            properties: self.properties(query, &plan, &logged, watermark_next_ms, &progressed, reread.as_ref())?,
             files,
         };
         let committed = with_deadline("commit_tables", deadlines.commit, async {
@@ -474,6 +488,7 @@ impl Session {
             plan_digest: digest,
             watermark_next_ms,
             event_times: progressed,
+            reread,
             windows: self.windows.clone(),
             definition: Definition::of(&query.config),
             state: state_files.clone(),
@@ -529,6 +544,7 @@ impl Session {
         self.state = Some(state);
         self.last = Some(Last { plan, watermark_next_ms });
         self.event_times = entry.event_times.clone();
+        self.reread = entry.reread.clone();
 
         // The batch is done and stays so; its dead letters are published before there is another one.
         if let Some(topic) = &self.dead_letter_topic {
@@ -556,11 +572,13 @@ impl Session {
         logged: &[u8],
         watermark_next_ms: Option<i64>,
         event_times: &EventTimeProgress,
+        reread: Option<&Reread>,
     ) -> Result<BTreeMap<String, String>, Error> {
         let progress = Progress {
             plan: String::from_utf8_lossy(logged).into_owned(),
             watermark_next_ms,
             event_times: event_times.clone(),
+            reread_from: reread.map(|r| r.from.clone()).unwrap_or_default(),
             dead_letter_topic: query.config.dead_letter_topic.clone(),
         };
         let progress = (rebuild::property(self.checkpoint.query_id()), progress.to_property()?);

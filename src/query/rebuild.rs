@@ -1,41 +1,28 @@
 //! `floe recover --from-table`: a lost checkpoint, rebuilt from the tables.
 //!
-//! Owns: what every batch leaves in its tables for that ([`Progress`]), finding the batch to go on from, aggregating the open
-//! windows again. Does not own: going on ([`super::recover`]), which treats the result as any other checkpoint. Invariants: nothing
-//! is changed but the new checkpoint, never an existing one; plans are restored to the byte, so that the tables' markers fit.
-//!
-//! The open windows after a batch are exactly its rows, and those of all batches before, in windows that end beyond the batch's
-//! watermark: such a window was open all along, so no row was late for it. The rows table has them, with the offsets that say
-//! which batches they are of. What `floe dlq retry` has added later is told apart by the dead letter at the same offset.
+//! Owns: what every batch leaves in its tables for that ([`Progress`]), finding the batch to go on from. Does not own: the windows
+//! that were open after it ([`super::open_windows`]); going on ([`super::recover`]), which treats the result as any other
+//! checkpoint. Invariants: nothing is changed but the new checkpoint, never an existing one; plans are restored to the byte, so
+//! that the tables' markers fit.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use arrow::array::{AsArray, BooleanArray, RecordBatch};
-use arrow::compute::{cast, filter_record_batch};
-use arrow::datatypes::{Int32Type, Int64Type, Schema, SchemaRef};
-use futures::TryStreamExt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{blocking, packed};
-use crate::batch::{BatchId, Offsets, TopicPartition};
-use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, StateKind, WindowStates};
+use super::open_windows::{Reopened, Reopening};
+use super::packed;
+use crate::batch::{BatchId, Offsets, by_topic};
+use crate::checkpoint::{Checkpoint, CommitEntry, Counts, LoggedPlan, WindowStates};
 use crate::clock;
 use crate::config::{Config, Definition};
-use crate::dead_letter::retry::{self, PLACE, Places};
 use crate::error::Error;
-use crate::pipeline::{MessageType, Pipeline};
-use crate::sink::iceberg::{Datum, Marker, PinnedTable, Predicate, Reference, marker_property};
-use crate::state::{Lane, StateStore};
+use crate::pipeline::Pipeline;
+use crate::sink::iceberg::{Marker, PinnedTable, marker_property};
+use crate::window::reread::Reread;
 use crate::window::watermark::EventTimeProgress;
-
-/// Days of a time zone may be longer than their size says.
-const SLACK_US: i64 = 24 * 3_600_000_000;
-/// Columns of a rows table that no window reads.
-const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
-const SCAN_ROWS: usize = 64 * 1024;
 
 /// Where a table says what [`Progress`] is.
 pub(super) fn property(query_id: Uuid) -> String {
@@ -50,6 +37,9 @@ pub(super) struct Progress {
     pub plan: String,
     pub watermark_next_ms: Option<i64>,
     pub event_times: EventTimeProgress,
+    /// [`Reread::from`].
+    #[serde(default, with = "by_topic", skip_serializing_if = "Offsets::is_empty")]
+    pub reread_from: Offsets,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_letter_topic: Option<String>,
 }
@@ -60,7 +50,7 @@ impl Progress {
         packed::pack(json).map_err(|e| Error::Internal(e.to_string()))
     }
 
-    fn of_property(text: &str) -> Result<Progress, String> {
+    pub fn of_property(text: &str) -> Result<Progress, String> {
         serde_json::from_str(&packed::unpack(text)?).map_err(|e| e.to_string())
     }
 }
@@ -74,10 +64,8 @@ pub struct Rebuilt {
     pub committed: Option<BatchId>,
     /// The batch that some tables have and others do not: the next start finishes it.
     pub pending: Option<BatchId>,
-    /// The tables that open windows were aggregated from, where there are windows.
-    pub rows_tables: Vec<String>,
-    pub rows: u64,
-    pub groups: u64,
+    /// In the order of the configuration; none where no batch is done.
+    pub windows: Vec<Reopened>,
 }
 
 impl fmt::Display for Rebuilt {
@@ -90,11 +78,11 @@ impl fmt::Display for Rebuilt {
         if let Some(batch) = self.pending {
             writeln!(f, "begun: batch {batch}, which only some of the tables have; the next `floe run` finishes it")?;
         }
-        if self.rows_tables.is_empty() {
+        if self.windows.is_empty() {
             return write!(f, "open windows: none");
         }
-        let tables = self.rows_tables.join(", ");
-        write!(f, "open windows: {} groups, aggregated again from {} rows of {tables}", self.groups, self.rows)
+        write!(f, "open windows:")?;
+        self.windows.iter().try_for_each(|windows| write!(f, "\n  {windows}"))
     }
 }
 
@@ -104,8 +92,9 @@ struct Found {
     marker: Marker,
 }
 
-/// Rebuilds the checkpoint of a pipeline from its tables.
-pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
+/// Rebuilds the checkpoint of a pipeline from its tables, and from Kafka where windows that were open can be had only there.
+/// Windows that cannot be had at all are a reason to refuse, or left out with `drop_open_windows`.
+pub async fn rebuild(config: &Config, drop_open_windows: bool) -> Result<Rebuilt, Error> {
     let pipeline = Pipeline::compile(config).map_err(|problems| Error::Compile(problems.join("\n")))?;
     let pipeline = Arc::new(pipeline);
     let location = crate::storage::open(&config.checkpoint_location)?;
@@ -133,23 +122,25 @@ pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
         checkpoint: checkpoint.url().to_string(),
         committed: base.as_ref().map(|(_, plan)| plan.plan.batch),
         pending: partly.then_some(newest),
-        rows_tables: Vec::new(),
-        rows: 0,
-        groups: 0,
+        windows: Vec::new(),
     };
     if let Some((progress, logged)) = base {
         let mut state = Vec::new();
+        let mut reread = None;
         if !pipeline.windows.is_empty() {
-            let open = OpenWindows::aggregate(config, pipeline.clone(), &logged, query_id).await?;
-            rebuilt.rows_tables = open.tables;
-            rebuilt.rows = open.rows;
-            rebuilt.groups = open.delta.groups;
-            if open.delta.groups > 0 {
-                let (crc32, end) = (open.delta.crc32(), open.delta.max_window_end_us);
-                let (batch, attempt) = (logged.plan.batch, Uuid::new_v4());
-                let put = checkpoint.put_state(batch, attempt, StateKind::Delta, open.delta.bytes, crc32, end);
-                state.push(put.await?);
-            }
+            let reopening = Reopening {
+                config,
+                pipeline: &pipeline,
+                checkpoint: &checkpoint,
+                query_id,
+                logged: &logged,
+                progress: &progress,
+                drop_open_windows,
+            };
+            let open = reopening.run().await?;
+            rebuilt.windows = open.windows;
+            state = open.files;
+            reread = Some(Reread::after(progress.reread_from, &logged.plan, progress.event_times.latest_ms()));
         }
         let mut snapshots = BTreeMap::new();
         for name in logged.plan.tables.keys() {
@@ -164,6 +155,7 @@ pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
             plan_digest: logged.digest,
             watermark_next_ms: progress.watermark_next_ms,
             event_times: progress.event_times,
+            reread,
             // The numbers of a new store: the queries in their order.
             windows: WindowStates::default().with(queries),
             definition: Definition::of(config),
@@ -182,7 +174,7 @@ pub async fn rebuild(config: &Config) -> Result<Rebuilt, Error> {
     Ok(rebuilt)
 }
 
-fn refused(problem: impl Into<String>) -> Error {
+pub(super) fn refused(problem: impl Into<String>) -> Error {
     Error::NotRebuilt(problem.into())
 }
 
@@ -301,146 +293,10 @@ async fn check_tables(
     Ok(())
 }
 
-struct OpenWindows {
-    tables: Vec<String>,
-    rows: u64,
-    delta: crate::state::Delta,
-}
-
-impl OpenWindows {
-    /// Those after a batch.
-    async fn aggregate(
-        config: &Config,
-        pipeline: Arc<Pipeline>,
-        logged: &LoggedPlan,
-        query_id: Uuid,
-    ) -> Result<OpenWindows, Error> {
-        let refused_once = match PinnedTable::open(&config.catalog, &config.dead_letters.table).await? {
-            Some(letters) => retry::places_of_letters(&letters, retry::of_topics(config, None))
-                .await
-                .map_err(|e| refused(format!("cannot read the dead letters: {e}")))?,
-            None => Places::new(),
-        };
-        let kept = Kept { ends: logged.plan.ends(), refused_once };
-        let evict_ms = logged.plan.watermarks.evict();
-        let (mut tables, mut lanes, mut rows) = (Vec::new(), Vec::new(), 0);
-        for of in pipeline.types.iter().filter(|of| !of.queries.is_empty()) {
-            let table = rows_table(config, &pipeline, of, query_id).await?;
-            let columns = columns_of(of);
-            let names: Vec<&str> = columns.fields().iter().map(|f| f.name().as_str()).chain(PLACE).collect();
-            let mut scan = table.scan(&names, not_before(&pipeline, of, &columns, evict_ms), SCAN_ROWS).await?;
-            let event_time = of.event_time.unwrap_or_default();
-            let mut lane = Lane::new(pipeline.queries.clone(), of.queries.clone(), event_time, evict_ms);
-            while let Some(batch) = scan.try_next().await? {
-                let batch = kept.of(&batch, &columns)?;
-                rows += batch.num_rows() as u64;
-                lane = blocking(move || {
-                    lane.update(&batch)?;
-                    Ok(lane)
-                })
-                .await?;
-            }
-            tables.push(table.name());
-            lanes.push(lane);
-        }
-        let workers = pipeline.workers;
-        let mut state = StateStore::new(pipeline.queries.clone());
-        let delta = blocking(move || Ok(state.merge_lanes(lanes, evict_ms, workers)?)).await?;
-        Ok(OpenWindows { tables, rows, delta })
-    }
-}
-
-/// The rows of a message type, if they are all there and nobody else's.
-async fn rows_table(
-    config: &Config,
-    pipeline: &Pipeline,
-    of: &MessageType,
-    query_id: Uuid,
-) -> Result<PinnedTable, Error> {
-    let why = "windows that were open cannot be rebuilt: they are aggregated again from the rows table";
-    if of.queries.iter().filter_map(|query| pipeline.queries.get(*query)).any(|query| query.is_session()) {
-        return Err(refused(format!("{why}, which does not tell how far back the sessions of a session_gap reach")));
-    }
-    let Some(rows) = of.rows.filter(|_| of.provenance) else {
-        return Err(refused(format!("{why}, which this pipeline has not, or not with rows.provenance = true")));
-    };
-    let name = &pipeline.tables[rows].name;
-    let table = PinnedTable::open(&config.catalog, name).await?;
-    let table = table.ok_or_else(|| refused(format!("table {name} is gone")))?;
-    match table.markers().into_iter().find(|(id, _)| *id != query_id) {
-        Some((id, other)) => Err(refused(format!(
-            "{why} {name}, which pipeline {:?} (query {id}) writes to as well: whose row is whose cannot be told",
-            other.pipeline
-        ))),
-        None => Ok(table),
-    }
-}
-
-/// The columns that reach the windows.
-fn columns_of(of: &MessageType) -> SchemaRef {
-    let columns = of.rows_schema.fields().iter().filter(|f| !PROVENANCE.contains(&f.name().as_str()));
-    Schema::new(columns.cloned().collect::<Vec<_>>()).into()
-}
-
-/// True for the rows of open windows, and some more.
-fn not_before(pipeline: &Pipeline, of: &MessageType, columns: &SchemaRef, evict_ms: i64) -> Option<Predicate> {
-    let queries = of.queries.iter().filter_map(|query| pipeline.queries.get(*query));
-    let longest = queries.map(|q| q.windowing().size().as_micros()).max()?;
-    let longest = i64::try_from(longest).ok()?.checked_add(SLACK_US)?;
-    let from_us = evict_ms.checked_mul(1000)?.checked_sub(longest)?;
-    let field = columns.field(of.event_time?);
-    let zoned = matches!(field.data_type(), arrow::datatypes::DataType::Timestamp(_, Some(_)));
-    let from = if zoned { Datum::timestamptz_micros(from_us) } else { Datum::timestamp_micros(from_us) };
-    Some(Reference::new(field.name()).greater_than_or_equal_to(from))
-}
-
-/// Which rows the batches up to one have brought.
-struct Kept {
-    ends: Offsets,
-    /// A row at the offset of a dead letter is one that was tried again: no window has seen it.
-    refused_once: Places,
-}
-
-impl Kept {
-    fn of(&self, batch: &RecordBatch, columns: &SchemaRef) -> Result<RecordBatch, Error> {
-        let strange = |what: &str| refused(format!("the rows table is not as Floe writes it: {what}"));
-        let column = |name: &str| batch.column_by_name(name).ok_or_else(|| strange(&format!("no column {name}")));
-        let [topic, partition, offset] = PLACE;
-        let topics = cast(column(topic)?, &arrow::datatypes::DataType::Utf8).map_err(|e| strange(&e.to_string()))?;
-        let topics = topics.as_string::<i32>();
-        let (Some(partitions), Some(offsets)) =
-            (column(partition)?.as_primitive_opt::<Int32Type>(), column(offset)?.as_primitive_opt::<Int64Type>())
-        else {
-            return Err(strange("the types of the _kafka_ columns"));
-        };
-        let mut current: Option<(TopicPartition, i64, _)> = None;
-        let mut keep = Vec::with_capacity(batch.num_rows());
-        for row in 0..batch.num_rows() {
-            let (topic, partition, offset) = (topics.value(row), partitions.value(row), offsets.value(row));
-            // Rows of one partition follow each other.
-            if current.as_ref().is_none_or(|(tp, ..)| &*tp.topic != topic || tp.partition != partition) {
-                let tp = TopicPartition::new(topic, partition);
-                let end = self.ends.get(&tp).copied().unwrap_or(i64::MIN);
-                current = Some((tp, end, self.refused_once.get(&(topic.to_string(), partition))));
-            }
-            keep.push(current.as_ref().is_some_and(|(_, end, refused)| {
-                offset < *end && !refused.is_some_and(|refused| refused.contains(&offset))
-            }));
-        }
-        let arrays = columns.fields().iter().map(|field| {
-            let found = column(field.name())?;
-            cast(found, field.data_type()).map_err(|e| strange(&format!("column {}: {e}", field.name())))
-        });
-        let rows = RecordBatch::try_new(columns.clone(), arrays.collect::<Result<_, _>>()?);
-        let rows = rows.map_err(|e| strange(&e.to_string()))?;
-        filter_record_batch(&rows, &BooleanArray::from(keep)).map_err(|e| strange(&e.to_string()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{MicroBatch, OffsetRange};
+    use crate::batch::{MicroBatch, OffsetRange, TopicPartition};
     use crate::window::watermark::PartitionTime;
 
     /// The property is in every version of every table's metadata.
@@ -475,6 +331,7 @@ mod tests {
             plan: serde_json::to_string(&plan).unwrap(),
             watermark_next_ms: Some(1_767_225_600_000),
             event_times: EventTimeProgress { partitions: times.collect(), records_since_ms: 1_767_225_600_000 },
+            reread_from: (0..1000).map(|n| (partition(n), 900_000_000 + odd(n, 1_000_000_000))).collect(),
             dead_letter_topic: None,
         };
         let (json, property) = (serde_json::to_string(&progress).unwrap(), progress.to_property().unwrap());

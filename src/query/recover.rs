@@ -1,8 +1,8 @@
 //! Where a query stands when it starts, or starts again after a failure, and whether it may go on at all.
 //!
 //! Owns: claiming and reading the checkpoint, opening the tables, comparing the two. Does not own: the logs of a batch.
-//! Invariant: no batch is planned, read or committed before checkpoint and tables have been found to agree. Opening may have
-//! created or widened a table by then, which is harmless to whoever reads it.
+//! Invariant: no batch is planned, read or committed, and no table created or changed, before checkpoint and tables have been
+//! found to agree.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,7 +15,7 @@ use crate::checkpoint::{self, Checkpoint, LoggedPlan};
 use crate::config::Config;
 use crate::dead_letter::topic::DeadLetterTopic;
 use crate::error::Error;
-use crate::sink::iceberg::{IcebergSink, Marker, TableInfo};
+use crate::sink::iceberg::{IcebergSink, Marker, TableInfo, TableSpec};
 use crate::source::Available;
 use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
 use crate::state::{Numbers, Reader, StateStore, WindowQuery};
@@ -45,7 +45,12 @@ impl Session {
             let Change { subject, change, why, .. } = change;
             tracing::info!(since_batch = changes.since, subject, change, why, "the configuration has changed");
         }
-        let sink = IcebergSink::open(&config.catalog, checkpoint.query_id(), &config.name, &pipeline.tables).await?;
+        let query_id = checkpoint.query_id();
+        let agree = |there: &[TableInfo]| {
+            check_existence(&recovered, &pipeline.tables, there)?;
+            check_tables(&config, &checkpoint, &recovered, there)
+        };
+        let sink = IcebergSink::open_if(&config.catalog, query_id, &config.name, &pipeline.tables, agree).await?;
         query.telemetry.guarantee(config.guarantee(Some(sink.commits_together())));
         let tables = sink.load().await?;
         check_tables(&config, &checkpoint, &recovered, &tables)?;
@@ -79,6 +84,11 @@ impl Session {
         }
         let state_files = recovered.commit.as_ref().map(|c| c.state.clone()).unwrap_or_default();
         let event_times = recovered.commit.as_ref().map(|c| c.event_times.clone()).unwrap_or_default();
+        // From before there was one: begins anew where nothing is open, and is not known else.
+        let reread = recovered.commit.as_ref().and_then(|c| match &c.reread {
+            None if c.state.is_empty() => None,
+            known => Some(known.clone().unwrap_or_default()),
+        });
         let (queries, workers) = (pipeline.queries.clone(), pipeline.workers);
         let numbers = Numbers::of(&changes.windows, queries.iter().map(WindowQuery::table));
         let reader = Reader::new(checkpoint.clone(), Handle::current(), numbers);
@@ -116,6 +126,7 @@ impl Session {
             windows: changes.windows,
             last,
             event_times,
+            reread,
             pending,
             in_tables,
             bytes_per_record,
@@ -198,6 +209,16 @@ fn check_config(config: &Config, logged: &LoggedPlan, tables: &[TableInfo]) -> R
         );
     }
     Ok(())
+}
+
+/// A table that was there when the newest batch was planned: what it held is gone.
+fn check_existence(recovered: &checkpoint::Recovered, specs: &[TableSpec], there: &[TableInfo]) -> Result<(), Error> {
+    let Some(LoggedPlan { plan, .. }) = &recovered.plan else { return Ok(()) };
+    let wanted = plan.tables.iter().filter(|(name, _)| specs.iter().any(|spec| spec.name == **name));
+    match wanted.clone().find(|(name, _)| there.iter().all(|table| table.name != **name)) {
+        Some((name, uuid)) => Err(Error::TableGone { table: name.clone(), uuid: *uuid, batch: plan.batch }),
+        None => Ok(()),
+    }
 }
 
 /// Compares every table's marker with the checkpoint before anything is done. Every batch sets the marker of every

@@ -104,6 +104,11 @@ impl Delta {
     pub fn crc32(&self) -> u32 {
         self.index.crc32
     }
+
+    /// Where the windows keep the numbers of a new store.
+    pub fn groups_of(&self, query: usize) -> u64 {
+        self.index.entries.iter().filter(|entry| entry.unit.query as usize == query).map(|entry| entry.groups).sum()
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! Window assignment and the watermark: pure. The semantics are Spark's.
 //!
 //! Owns: which windows a time falls into ([`Windowing`]), how the watermark advances, when a window is closed, when a batch
-//! without data runs; [`watermark`]: over which partitions. Does not own: the groups inside a window ([`crate::state`]).
+//! without data runs; [`watermark`]: over which partitions; [`reread`]: how far back in the topics open windows reach. Does not own: the groups inside a window ([`crate::state`]).
 //! Times are microseconds since the epoch, watermarks milliseconds, as in Spark. The watermark never goes back; where it
 //! starts is the policy's. Windows are half-open, `[start, end)`.
 
+pub mod reread;
 pub mod watermark;
 mod windowing;
 

@@ -114,6 +114,11 @@ impl EventTimeProgress {
         self.partitions.is_empty()
     }
 
+    /// Of all partitions.
+    pub fn latest_ms(&self) -> Option<i64> {
+        self.partitions.values().filter_map(|time| time.max_event_time_ms).max()
+    }
+
     /// Silence: no partition has been active for the timeout, be it that nothing came, or that nobody looked.
     pub fn is_silent(&self, trigger_time_ms: i64, idle_timeout_ms: i64) -> bool {
         let last = self.partitions.values().map(|time| time.active_at_ms).max();

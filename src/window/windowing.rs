@@ -167,6 +167,11 @@ impl Windowing {
         self.end(oldest.unwrap_or(time_us))
     }
 
+    /// When the last of the windows of a time ends: what comes to an end no later for any earlier time.
+    pub fn last_end(&self, time_us: i64) -> i64 {
+        self.end(self.start(time_us))
+    }
+
     fn next(&self, start_us: i64) -> i64 {
         match &self.zone {
             None => start_us.saturating_add(self.slide_us - self.past_line(start_us)),
@@ -310,7 +315,7 @@ mod tests {
         assert_eq!(uneven.covering(10 * MINUTE).starts, [8 * MINUTE, 4 * MINUTE]);
         let same = uneven.covering(10 * MINUTE);
         assert!(same.holds(12 * MINUTE - 1) && !same.holds(12 * MINUTE) && !same.holds(10 * MINUTE - 1));
-        assert_eq!(uneven.first_end(9 * MINUTE), 10 * MINUTE);
+        assert_eq!((uneven.first_end(9 * MINUTE), uneven.last_end(9 * MINUTE)), (10 * MINUTE, 18 * MINUTE));
     }
 
     #[test]

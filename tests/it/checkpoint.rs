@@ -133,6 +133,38 @@ fn a_table_dropped_and_recreated_is_refused() {
     everything(&pipeline, Broker::shared(), &telemetry());
 }
 
+/// Of tables that are missing none is created before somebody has looked what has become of them; nor is a catalog.
+#[test]
+fn a_table_that_is_gone_is_refused_and_not_created() {
+    let _turn = turn();
+    let mut pipeline = pipeline("gone");
+    pipeline.run_failing("commit_log.after_put:kill:2").expect_killed();
+    let names = |catalog: &rusqlite::Connection| -> Vec<String> {
+        let mut rows = catalog.prepare("select table_namespace || '.' || table_name from iceberg_tables").unwrap();
+        rows.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect::<BTreeSet<_>>().into_iter().collect()
+    };
+    for lost in [false, true] {
+        let catalog = rusqlite::Connection::open(pipeline.catalog()).unwrap();
+        let sql = "delete from iceberg_tables where table_namespace || '.' || table_name = ?1";
+        if !lost {
+            assert_eq!(catalog.execute(sql, [DEAD_LETTERS]).unwrap(), 1);
+        } else {
+            fs::remove_dir_all(pipeline.checkpoint()).unwrap();
+        }
+        drop(catalog);
+        let said = if lost { "floe recover --from-table" } else { "telemetry.dead_letters (uuid " };
+        pipeline.spawn().wait().expect_code(3).expect_output(&[said]);
+        let catalog = rusqlite::Connection::open(pipeline.catalog()).unwrap();
+        assert_eq!(names(&catalog), [WINDOWS, ROWS], "lost: {lost}");
+    }
+    pipeline.set("catalog.path", pipeline.dir().join("other.db").display().to_string());
+    pipeline.set("catalog.warehouse", pipeline.dir().join("other").display().to_string());
+    pipeline.run_failing("commit_log.after_put:kill:1").expect_killed();
+    fs::rename(pipeline.dir().join("other.db"), pipeline.dir().join("away.db")).unwrap();
+    pipeline.spawn().wait().expect_code(3).expect_output(&["is not in the catalog"]);
+    assert!(!pipeline.dir().join("other.db").exists());
+}
+
 /// Else everything would be read a second time.
 #[test]
 fn a_deleted_checkpoint_is_refused_while_the_tables_know_the_pipeline() {

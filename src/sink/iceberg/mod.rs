@@ -119,9 +119,26 @@ impl IcebergSink {
         pipeline: &str,
         specs: &[TableSpec],
     ) -> Result<IcebergSink, Error> {
+        IcebergSink::open_if(catalog, query_id, pipeline, specs, |_| Ok(())).await
+    }
+
+    /// As [`IcebergSink::open`]; `agree` is shown those of the tables that there are, and may refuse before anything is created
+    /// or changed.
+    pub async fn open_if<E: From<Error>>(
+        catalog: &CatalogConfig,
+        query_id: Uuid,
+        pipeline: &str,
+        specs: &[TableSpec],
+        agree: impl FnOnce(&[TableInfo]) -> Result<(), E>,
+    ) -> Result<IcebergSink, E> {
         let storage = TableStorage::default();
         let file_io = storage.file_io();
-        let catalog = open_catalog(catalog, &storage).await?;
+        let there = open_read_only(catalog, &storage).await?;
+        agree(&found(there.as_deref(), query_id, specs).await?)?;
+        let catalog = match (catalog, there) {
+            (CatalogConfig::Rest(_), Some(there)) => there,
+            _ => open_catalog(catalog, &storage).await?,
+        };
         let tables = plan::carry_out(catalog.as_ref(), pipeline, specs)
             .await?
             .into_iter()
@@ -250,6 +267,25 @@ async fn open_read_only(catalog: &CatalogConfig, storage: &TableStorage) -> Resu
         }
         CatalogConfig::Rest(rest) => Some(Arc::new(rest::RestCatalog::open(rest, storage.clone()).await?)),
     })
+}
+
+/// The tables of the specs that there are.
+async fn found(catalog: Option<&dyn Catalog>, query_id: Uuid, specs: &[TableSpec]) -> Result<Vec<TableInfo>, Error> {
+    let mut found = Vec::new();
+    let Some(catalog) = catalog else { return Ok(found) };
+    for spec in specs {
+        let name = TableName::parse(&spec.name)?;
+        let Some(LoadedTable { metadata, .. }) = catalog.load(&name).await? else { continue };
+        let (own, others) = markers(&metadata).into_iter().partition::<Vec<_>, _>(|(id, _)| *id == query_id);
+        found.push(TableInfo {
+            name: name.to_string(),
+            uuid: metadata.uuid(),
+            location: metadata.location().to_string(),
+            marker: own.into_iter().next().map(|(_, marker)| marker),
+            others,
+        });
+    }
+    Ok(found)
 }
 
 /// Every query's marker, by property or by tag.
