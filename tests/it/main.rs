@@ -72,6 +72,8 @@ mod security;
 mod shutdown;
 /// The source reads exactly the planned ranges, whatever brokers, transactions and retention do.
 mod source;
+/// Spark reads what Floe writes, writes to it, and maintains it, and Floe goes on.
+mod spark;
 /// State larger than its budget: windows leave memory, whatever is killed meanwhile, and damage is named.
 mod state;
 /// When a batch runs: at its interval, with enough records, or after the longest delay.

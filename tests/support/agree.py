@@ -7,6 +7,7 @@ import duckdb
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyiceberg import expressions as ex
 
 EPOCH = dt.datetime(1970, 1, 1)
@@ -42,7 +43,7 @@ def is_list_of_records(kind):
 
 def forms(rows, kinds, key):
     columns = {f.name: [canonical(v, f.type) for v in rows.column(f.name).to_pylist()] for f in kinds}
-    keys = columns[key]
+    keys = list(zip(*(columns[name] for name in key.split(","))))
     return [{name: values[i] for name, values in columns.items()} for i in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
@@ -59,13 +60,15 @@ def duck_source(table, snapshot):
 
 
 def agree(connection, table, request):
-    """How many rows PyIceberg, DuckDB and Polars find, all of them the same; as in the file of the truth, if there is one."""
+    """How many rows PyIceberg, DuckDB and Polars find, and who else has left files of its rows, all of them the same; as in the
+    file of the truth, if there is one."""
     snapshot = request.get("snapshot")
     pyiceberg = table.scan(snapshot_id=snapshot).to_arrow()
     found = {
         "duckdb": connection.execute(f"select * from {duck_source(table, snapshot)}").to_arrow_table(),
         "polars": pl.scan_iceberg(table, snapshot_id=snapshot).collect().to_arrow(),
     }
+    found |= {reader: pq.read_table(folder) for reader, folder in request.get("also", {}).items()}
     truth = truth_of(request)
     kinds = pyiceberg.schema if truth is None else truth.schema
     expected = forms(pyiceberg if truth is None else truth, kinds, request["key"])
@@ -82,7 +85,7 @@ def agree(connection, table, request):
         for theirs, ours in zip(rows, expected):
             if theirs != ours:
                 different = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
-                raise AssertionError(f"{reader}: row {ours[request['key']]}: found and expected {different}")
+                raise AssertionError(f"{reader}: row {[ours[name] for name in request['key'].split(',')]}: found and expected {different}")
     return len(expected)
 
 

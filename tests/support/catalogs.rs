@@ -226,7 +226,7 @@ fn home() -> PathBuf {
 }
 
 /// A jar with all it needs.
-fn artifact(coordinates: &str, file: &str) -> PathBuf {
+pub fn artifact(coordinates: &str, file: &str) -> PathBuf {
     let dir = home().join(file.trim_end_matches(".jar"));
     fetched(&dir, |new| {
         let mut command = Command::new("mvn");

@@ -9,6 +9,7 @@ pub mod floe;
 pub mod proxy;
 pub mod reader;
 pub mod s3;
+pub mod spark;
 pub mod telemetry;
 pub mod tls;
 

@@ -145,21 +145,21 @@ def data_files(request):
     """Partition and size of every data file of the current snapshot."""
     opened = catalog(request)
     files = opened.load_table(request["table"]).inspect.data_files().to_pylist()
-    opened.engine.dispose()
+    close(opened)
     return [[str(sorted(f["partition"].items())), f["file_size_in_bytes"]] for f in files]
 
 
 def rows_at(request):
     opened = catalog(request)
     loaded = opened.load_table(request["table"])
-    opened.engine.dispose()
+    close(opened)
     return loaded.scan(snapshot_id=request["snapshot"]).to_arrow().num_rows
 
 
 def loaded(request):
     opened = catalog(request)
     found = opened.load_table(request["table"])
-    opened.engine.dispose()
+    close(opened)
     return found
 
 
@@ -172,7 +172,7 @@ def plan(request):
         started = time.perf_counter()
         files = sum(1 for _ in opened.load_table(request["table"]).scan().plan_files())
         times.append(time.perf_counter() - started)
-    opened.engine.dispose()
+    close(opened)
     return [statistics.median(times), files]
 
 
@@ -180,7 +180,7 @@ def needed_files(request):
     """Every file that some snapshot of the table, or its log, names."""
     opened = catalog(request)
     loaded = opened.load_table(request["table"])
-    opened.engine.dispose()
+    close(opened)
     found = {loaded.metadata_location} | {entry.metadata_file for entry in loaded.metadata.metadata_log}
     for snapshot in loaded.snapshots():
         found.add(snapshot.manifest_list)
@@ -202,7 +202,7 @@ def delete(request):
             continue
     else:
         raise RuntimeError("the other writer was always faster")
-    opened.engine.dispose()
+    close(opened)
 
 
 def neighbour(request):
@@ -218,14 +218,14 @@ def neighbour(request):
     loaded.manage_snapshots().create_branch(current, "audit").create_tag(current, "kept").commit()
     oldest = loaded.snapshots()[0].snapshot_id
     loaded.maintenance.expire_snapshots().by_id(oldest).commit()
-    opened.engine.dispose()
+    close(opened)
     return [current, oldest]
 
 
 def refs(request):
     opened = catalog(request)
     found = {name: ref.snapshot_id for name, ref in opened.load_table(request["table"]).refs().items()}
-    opened.engine.dispose()
+    close(opened)
     return found
 
 

@@ -17,37 +17,40 @@ use serde_json::{Value, json};
 const REQUIREMENTS: &str = include_str!("requirements.txt");
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The Python of the virtual environment with the readers; the first call of a fresh clone makes it.
+/// The Python of the virtual environment with the readers.
 pub fn python() -> &'static Path {
     static PYTHON: OnceLock<PathBuf> = OnceLock::new();
-    PYTHON.get_or_init(|| {
-        let version = format!("{:08x}", crc32fast::hash(REQUIREMENTS.as_bytes()));
-        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("python-{version}"));
-        let python = home.join("bin/python3");
-        let complete = home.join("complete");
-        fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).expect("target folder");
-        let lock = File::create(home.with_extension("lock")).expect("lock file");
-        lock.lock().expect("lock on the virtual environment");
-        if complete.exists() {
-            return python;
-        }
-        eprintln!("installing DuckDB and PyIceberg into {} (once)", home.display());
-        let _ = fs::remove_dir_all(&home);
-        run(
-            Command::new("python3").args(["-m", "venv"]).arg(&home),
-            "install python3 (3.10 or later) with its venv module",
-        );
-        let requirements = home.join("requirements.txt");
-        fs::write(&requirements, REQUIREMENTS).expect("requirements.txt");
-        run(
-            Command::new(&python)
-                .args(["-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", "-r"])
-                .arg(&requirements),
-            "the packages of tests/support/requirements.txt come from PyPI",
-        );
-        fs::write(complete, "").expect("marker of the virtual environment");
-        python
-    })
+    PYTHON.get_or_init(|| environment("python", REQUIREMENTS))
+}
+
+/// The Python of a virtual environment with these packages; the first call of a fresh clone makes it.
+pub fn environment(name: &str, packages: &str) -> PathBuf {
+    let version = format!("{:08x}", crc32fast::hash(packages.as_bytes()));
+    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{version}"));
+    let python = home.join("bin/python3");
+    let complete = home.join("complete");
+    fs::create_dir_all(env!("CARGO_TARGET_TMPDIR")).expect("target folder");
+    let lock = File::create(home.with_extension("lock")).expect("lock file");
+    lock.lock().expect("lock on the virtual environment");
+    if complete.exists() {
+        return python;
+    }
+    eprintln!("installing what tests read tables with into {} (once)", home.display());
+    let _ = fs::remove_dir_all(&home);
+    run(
+        Command::new("python3").args(["-m", "venv"]).arg(&home),
+        "install python3 (3.10 or later) with its venv module",
+    );
+    let requirements = home.join("requirements.txt");
+    fs::write(&requirements, packages).expect("requirements.txt");
+    run(
+        Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", "-r"])
+            .arg(&requirements),
+        "the packages of tests/support/requirements*.txt come from PyPI",
+    );
+    fs::write(complete, "").expect("marker of the virtual environment");
+    python
 }
 
 fn run(command: &mut Command, hint: &str) {
@@ -59,20 +62,16 @@ fn run(command: &mut Command, hint: &str) {
     }
 }
 
-struct Helper {
+/// A script that answers each line with a line.
+pub struct Helper {
     child: Child,
     stdin: ChildStdin,
     answers: Receiver<String>,
 }
 
 impl Helper {
-    fn start() -> Helper {
-        let mut child = Command::new(python())
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/reader.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("reader.py");
+    pub fn start(mut script: Command) -> Helper {
+        let mut child = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a script in Python");
         let stdin = child.stdin.take().expect("stdin");
         let stdout = BufReader::new(child.stdout.take().expect("stdout"));
         let (send, answers) = channel();
@@ -86,10 +85,10 @@ impl Helper {
         Helper { child, stdin, answers }
     }
 
-    fn ask(&mut self, request: &Value) -> Option<Value> {
+    pub fn ask(&mut self, request: &Value, timeout: Duration) -> Option<Value> {
         writeln!(self.stdin, "{request}").ok()?;
         self.stdin.flush().ok()?;
-        let line = self.answers.recv_timeout(TIMEOUT).ok()?;
+        let line = self.answers.recv_timeout(timeout).ok()?;
         serde_json::from_str(&line).ok()
     }
 }
@@ -106,8 +105,13 @@ static IDLE: Mutex<Vec<Helper>> = Mutex::new(Vec::new());
 
 fn try_ask(request: &Value) -> Result<Value, String> {
     let idle = IDLE.lock().expect("pool of readers").pop();
-    let mut helper = idle.unwrap_or_else(Helper::start);
-    let Some(mut answer) = helper.ask(request) else {
+    let start = || {
+        let mut script = Command::new(python());
+        script.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/reader.py"));
+        Helper::start(script)
+    };
+    let mut helper = idle.unwrap_or_else(start);
+    let Some(mut answer) = helper.ask(request, TIMEOUT) else {
         return Err(format!("reader.py gave no answer within {TIMEOUT:?} to {request}"));
     };
     IDLE.lock().expect("pool of readers").push(helper);
@@ -212,8 +216,20 @@ impl Tables {
     }
 
     /// How many rows PyIceberg, DuckDB and Polars find: the same, to the last bit, and those of `truth` if it is given. `key`
-    /// is a column that tells rows apart.
+    /// is a column that tells rows apart, or several with commas between them.
     pub fn agree(&self, table: &str, key: &str, truth: Option<&[RecordBatch]>, snapshot: Option<i64>) -> u64 {
+        self.all_agree(table, key, truth, snapshot, None)
+    }
+
+    /// The same, and the rows that Spark has found, by [`Spark::rows`](super::spark::Spark::rows).
+    pub fn all_agree(
+        &self,
+        table: &str,
+        key: &str,
+        truth: Option<&[RecordBatch]>,
+        snapshot: Option<i64>,
+        spark: Option<&Path>,
+    ) -> u64 {
         let file = truth.map(|truth| self.truth(truth));
         let mut request = json!({"key": key});
         if let Some(file) = &file {
@@ -221,6 +237,9 @@ impl Tables {
         }
         if let Some(snapshot) = snapshot {
             request["snapshot"] = json!(snapshot);
+        }
+        if let Some(spark) = spark {
+            request["also"] = json!({"spark": spark});
         }
         self.of_table("agree", table, request)
     }

@@ -282,7 +282,8 @@ impl Inner {
                 // Unlike setting the reference, this keeps the retention that the user gave the branch.
                 builder = builder.set_branch_snapshot(snapshot, MAIN_BRANCH)?;
                 if carrier == Carrier::Tag {
-                    let retention = SnapshotRetention::Tag { max_ref_age_ms: None };
+                    // For ever, whatever the table says about tags: an engine that expires must not take it away.
+                    let retention = SnapshotRetention::Tag { max_ref_age_ms: Some(i64::MAX) };
                     builder =
                         builder.set_ref(&marker_tag(self.query_id), SnapshotReference { snapshot_id, retention })?;
                 }

@@ -19,7 +19,6 @@ use iceberg::io::FileIO;
 use iceberg::spec::{
     DataFile, DataFileBuilder, Literal, PartitionSpecRef, SchemaRef, Struct, StructType, TableMetadata, Type,
 };
-use iceberg::transform::{BoxedTransformFunction, create_transform_function};
 use iceberg::writer::CurrentFileStatus;
 use iceberg::writer::file_writer::{FileWriter, FileWriterBuilder, ParquetWriter, ParquetWriterBuilder};
 use parquet::basic::{Compression, Encoding, ZstdLevel};
@@ -30,6 +29,7 @@ use uuid::Uuid;
 
 use super::catalog::{TableName, iceberg_error};
 use super::order::SortOrder;
+use super::transform::TransformFunction;
 use super::{bounds, layout};
 use crate::batch::BatchId;
 use crate::sink::Error;
@@ -328,8 +328,7 @@ struct Partitioner {
 struct PartitionColumn {
     /// Top-level column, then the children on the way down.
     path: Vec<usize>,
-    transform: BoxedTransformFunction,
-    preserves_order: bool,
+    transform: TransformFunction,
 }
 
 impl Partitioner {
@@ -346,11 +345,7 @@ impl Partitioner {
                 let message = format!("partition field {} has no source column", field.name);
                 iceberg::Error::new(iceberg::ErrorKind::DataInvalid, message)
             })?;
-            fields.push(PartitionColumn {
-                path,
-                transform: create_transform_function(&field.transform)?,
-                preserves_order: field.transform.preserves_order(),
-            });
+            fields.push(PartitionColumn { path, transform: TransformFunction::new(&field.transform)? });
         }
         let sort = arrow_fields.iter().map(|f| SortField::new(f.data_type().clone())).collect();
         Ok(Partitioner { fields, partition_type, arrow_fields, rows: RowConverter::new(sort)? })
@@ -392,7 +387,7 @@ impl Partitioner {
     fn single(&self, sources: &[ArrayRef]) -> iceberg::Result<Option<Struct>> {
         let mut bounds = Vec::with_capacity(sources.len());
         for (field, source) in self.fields.iter().zip(sources) {
-            match bounds_of(source).filter(|_| field.preserves_order) {
+            match bounds_of(source).filter(|_| field.transform.preserves_order()) {
                 Some(pair) => bounds.push(pair),
                 None => return Ok(None),
             }

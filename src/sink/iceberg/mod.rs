@@ -29,6 +29,7 @@ mod tests;
 mod tests_order;
 #[cfg(test)]
 mod tests_properties;
+mod transform;
 mod vended;
 
 use std::collections::{BTreeMap, HashMap};

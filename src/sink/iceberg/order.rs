@@ -7,9 +7,9 @@ use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::{SortColumn, SortOptions, concat_batches, lexsort_to_indices, take_record_batch};
 use arrow::datatypes::SchemaRef as ArrowSchemaRef;
 use iceberg::spec::{NullOrder, SortDirection, SortOrder as TableOrder};
-use iceberg::transform::{BoxedTransformFunction, create_transform_function};
 
 use super::files::{column_at, path_of};
+use super::transform::TransformFunction;
 
 #[derive(Debug)]
 pub struct SortOrder {
@@ -21,7 +21,7 @@ pub struct SortOrder {
 struct Column {
     /// Top-level column, then the children on the way down.
     path: Vec<usize>,
-    transform: BoxedTransformFunction,
+    transform: TransformFunction,
     options: SortOptions,
 }
 
@@ -38,7 +38,7 @@ impl SortOrder {
                 descending: field.direction == SortDirection::Descending,
                 nulls_first: field.null_order == NullOrder::First,
             };
-            columns.push(Column { path, transform: create_transform_function(&field.transform)?, options });
+            columns.push(Column { path, transform: TransformFunction::new(&field.transform)?, options });
         }
         let id = i32::try_from(order.order_id).unwrap_or_default();
         Ok((!columns.is_empty()).then_some(SortOrder { id, columns }))

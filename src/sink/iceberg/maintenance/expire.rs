@@ -3,11 +3,11 @@
 //! The rules are those of Iceberg's `expire_snapshots` with the table's `history.expire.*` properties and the retention of
 //! its branches and tags. Floe's own snapshots expire by count as well where nothing names an age: a table that is committed
 //! to every few seconds would otherwise carry tens of thousands in each metadata file. Invariants: what a branch or tag
-//! points at stays, and so does the snapshot of every query's newest batch, from which dead letters may still be published.
+//! points at stays for as long as that is to be kept, and so does the snapshot of every query's newest batch, from which dead letters may still be published.
 
 use std::collections::{HashMap, HashSet};
 
-use iceberg::spec::{SnapshotRef, SnapshotReference, SnapshotRetention, TableMetadata};
+use iceberg::spec::{MAIN_BRANCH, SnapshotRef, SnapshotReference, SnapshotRetention, TableMetadata};
 use uuid::Uuid;
 
 use super::reach::Reach;
@@ -34,9 +34,10 @@ impl Maintainer {
             let Some(loaded) = self.load(table).await? else { return Ok(()) };
             let before = loaded.metadata.clone();
             let expired = expired(&before, &round.policy, chrono::Utc::now().timestamp_millis())?;
-            if expired.is_empty() {
+            if expired.snapshots.is_empty() && expired.refs.is_empty() {
                 return Ok(());
             }
+            let Expired { snapshots: expired, refs } = expired;
             if round.dry_run {
                 report.snapshots_expired = expired.len() as u64;
                 let reach =
@@ -45,6 +46,7 @@ impl Maintainer {
                 return Ok(());
             }
             let change = TableChange::new(table, &loaded, |builder| {
+                let builder = refs.iter().fold(builder, |builder, name| builder.remove_ref(name));
                 let builder = expired
                     .iter()
                     .fold(builder, |builder, id| builder.remove_statistics(*id).remove_partition_statistics(*id));
@@ -60,8 +62,10 @@ impl Maintainer {
                 // The table, loaded anew, says whether it has happened.
                 Err(CommitError::Failed(Error::Indeterminate { message })) => {
                     let now = self.load(table).await.map_err(|e| Error::indeterminate(format!("{message}; {e}")))?;
-                    let gone =
-                        now.is_some_and(|now| expired.iter().all(|id| now.metadata.snapshot_by_id(*id).is_none()));
+                    let gone = now.is_some_and(|now| {
+                        expired.iter().all(|id| now.metadata.snapshot_by_id(*id).is_none())
+                            && refs.iter().all(|name| now.metadata.snapshot_for_ref(name).is_none())
+                    });
                     if !gone {
                         return Err(Error::Indeterminate { message });
                     }
@@ -86,6 +90,7 @@ impl Maintainer {
                 %table,
                 snapshots = report.snapshots_expired,
                 files = report.files_expired,
+                refs = refs.join(", "),
                 "snapshots expired"
             );
             return Ok(());
@@ -98,15 +103,45 @@ pub(super) fn fail_at(name: &str) -> Result<(), Error> {
     if failpoint::hit(name) { Err(Error::transient(format!("failpoint {name}"))) } else { Ok(()) }
 }
 
-/// Ids of the snapshots that the table no longer needs.
-fn expired(metadata: &TableMetadata, policy: &MaintenanceConfig, now_ms: i64) -> Result<Vec<i64>, Error> {
+/// What the table no longer needs.
+#[derive(Debug, Default, PartialEq)]
+struct Expired {
+    snapshots: Vec<i64>,
+    /// Branches and tags.
+    refs: Vec<String>,
+}
+
+fn expired(metadata: &TableMetadata, policy: &MaintenanceConfig, now_ms: i64) -> Result<Expired, Error> {
     if metadata.snapshots().len() < 2 || !may_delete_files(metadata) {
-        return Ok(Vec::new());
+        return Ok(Expired::default());
     }
-    let kept = kept(metadata, &refs(metadata)?, policy, now_ms);
-    let mut expired: Vec<i64> = metadata.snapshots().map(|s| s.snapshot_id()).filter(|id| !kept.contains(id)).collect();
-    expired.sort_unstable();
-    Ok(expired)
+    let (outdated, refs): (HashMap<_, _>, HashMap<_, _>) =
+        refs(metadata)?.into_iter().partition(|(name, reference)| is_outdated(metadata, name, reference, now_ms));
+    let kept = kept(metadata, &refs, policy, now_ms);
+    let mut snapshots: Vec<i64> =
+        metadata.snapshots().map(|s| s.snapshot_id()).filter(|id| !kept.contains(id)).collect();
+    snapshots.sort_unstable();
+    let mut refs: Vec<String> = outdated.into_keys().collect();
+    refs.sort_unstable();
+    Ok(Expired { snapshots, refs })
+}
+
+/// Whether a branch or tag is older than its retention allows. Never main, nor a tag that carries a marker.
+fn is_outdated(metadata: &TableMetadata, name: &str, reference: &SnapshotReference, now_ms: i64) -> bool {
+    let is_marker = name.strip_prefix("floe-").is_some_and(|id| Uuid::parse_str(id).is_ok());
+    if name == MAIN_BRANCH || is_marker {
+        return false;
+    }
+    let of_its_own = match &reference.retention {
+        SnapshotRetention::Branch { max_ref_age_ms, .. } | SnapshotRetention::Tag { max_ref_age_ms } => *max_ref_age_ms,
+    };
+    let age = of_its_own.or_else(|| number(metadata, "history.expire.max-ref-age-ms"));
+    let made = metadata.snapshot_by_id(reference.snapshot_id).map(|snapshot| snapshot.timestamp_ms());
+    age.zip(made).is_some_and(|(age, made)| now_ms.saturating_sub(made) > age)
+}
+
+fn number(metadata: &TableMetadata, property: &str) -> Option<i64> {
+    metadata.properties().get(property).and_then(|n| n.parse().ok())
 }
 
 /// The crate tells a reference by its name only; its JSON tells all of them.
@@ -125,9 +160,8 @@ fn kept(
     policy: &MaintenanceConfig,
     now_ms: i64,
 ) -> HashSet<i64> {
-    let number = |name: &str| metadata.properties().get(name).and_then(|n| n.parse::<i64>().ok());
-    let table_age = number("history.expire.max-snapshot-age-ms");
-    let table_min = number("history.expire.min-snapshots-to-keep");
+    let table_age = number(metadata, "history.expire.max-snapshot-age-ms");
+    let table_min = number(metadata, "history.expire.min-snapshots-to-keep");
     let default_age = i64::try_from(policy.max_snapshot_age.as_millis()).unwrap_or(i64::MAX);
     let cutoff = |age: Option<i64>| now_ms.saturating_sub(age.or(table_age).unwrap_or(default_age));
 

@@ -137,6 +137,29 @@ async fn what_the_table_says_about_its_history_goes_first() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_configuration_says_where_the_table_does_not() {
+    let fixture = Fixture::new();
+    let age = |ms| MaintenanceConfig { max_snapshot_age: Duration::from_millis(ms), max_snapshots: 100, ..policy() };
+    for (policy, properties, kept) in [
+        (age(1), vec![], 1),
+        (age(86_400_000), vec![], 8),
+        // The fewest that the table keeps hold against age and count.
+        (age(1), vec![("history.expire.min-snapshots-to-keep", "4")], 4),
+        (policy(), vec![("history.expire.min-snapshots-to-keep", "5")], 5),
+        (age(1), vec![("history.expire.max-snapshot-age-ms", "86400000")], 8),
+    ] {
+        let name = format!("t.events_{}", Uuid::new_v4().simple());
+        let map = properties.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let sink = fixture.open(&[TableSpec { properties: map, ..spec(&name, &[]) }]).await.unwrap();
+        append(&sink, 0..8).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let (round, shown) = (round(policy.clone()), format!("{policy:?} {properties:?}"));
+        maintain(&sink, &round).await;
+        assert_eq!(metadata(&sink, 0).await.snapshots().len(), kept, "{shown}");
+    }
+}
+
 /// Changes a table as another program would.
 async fn change(
     sink: &IcebergSink,
@@ -179,6 +202,35 @@ async fn branches_tags_and_what_others_have_made_stay() {
     let pinned = sink.pin(0).await.unwrap();
     let rows = pinned.scan_added_by(tagged, &["_kafka_offset"], 100).await.unwrap().unwrap();
     assert_eq!(offsets(rows).await, (20..30).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn branches_and_tags_go_when_they_are_to() {
+    use iceberg::spec::{SnapshotReference, SnapshotRetention};
+    for (property, gone) in [("", vec!["brief"]), ("1", vec!["audit", "brief"])] {
+        let fixture = Fixture::new();
+        let mut wanted = merging("t.events");
+        if !property.is_empty() {
+            wanted.properties.insert("history.expire.max-ref-age-ms".into(), property.into());
+        }
+        let sink = fixture.open(&[wanted]).await.unwrap();
+        append(&sink, 0..1).await;
+        let head = metadata(&sink, 0).await.current_snapshot_id().unwrap();
+        let marker = format!("floe-{}", Uuid::new_v4());
+        let tag = |max_ref_age_ms| SnapshotReference::new(head, SnapshotRetention::Tag { max_ref_age_ms });
+        for (name, age) in [("audit", None), ("brief", Some(1)), ("long", Some(86_400_000)), (&marker, None)] {
+            change(&sink, |builder| builder.set_ref(name, tag(age))).await;
+        }
+        append(&sink, 1..10).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        maintain(&sink, &round(policy())).await;
+        let after = metadata(&sink, 0).await;
+        let left = |name: &&str| after.snapshot_for_ref(name).is_none();
+        assert_eq!(["audit", "brief", "long", &marker].into_iter().filter(left).collect::<Vec<_>>(), gone);
+        assert!(after.snapshot_for_ref("main").is_some() && after.snapshot_by_id(head).is_some());
+        assert_eq!(all_offsets(&sink).await, (0..100).collect::<Vec<_>>());
+        tidy(&fixture, &sink).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
