@@ -70,6 +70,11 @@ pub fn marker_tag(query_id: Uuid) -> String {
     format!("floe-{query_id}")
 }
 
+/// Whether [`marker_tag`] makes this name, of any query.
+pub(super) fn is_marker_tag(name: &str) -> bool {
+    name.strip_prefix("floe-").is_some_and(|id| Uuid::parse_str(id).is_ok())
+}
+
 #[derive(Clone, Debug)]
 pub struct BatchCommit {
     pub marker: Marker,
@@ -182,12 +187,6 @@ impl Inner {
         Err(Error::transient(format!("batch {batch}: other writers were faster in {ATTEMPTS} attempts: {conflict}")))
     }
 
-    /// The last batch of this query that the table has, by property or by tag. A marker that cannot be read must not pass
-    /// for a table without one.
-    pub(super) fn marker(&self, table: &TableName, metadata: &TableMetadata) -> Result<Option<Marker>, Error> {
-        Ok(carried(table, metadata, self.query_id)?.map(|(_, marker)| marker))
-    }
-
     /// What carries the marker; tried out the first time that a table gets one from this query.
     async fn carrier(&self, table: &TableName, metadata: &TableMetadata) -> Result<Carrier, Error> {
         if let Some((carrier, _)) = carried(table, metadata, self.query_id)? {
@@ -225,7 +224,7 @@ impl Inner {
                     table.name
                 )));
             }
-            standing.push(match self.marker(&table.name, &loaded.metadata)? {
+            standing.push(match carried(&table.name, &loaded.metadata, self.query_id)?.map(|(_, marker)| marker) {
                 Some(found) if found.batch == *batch && found.plan == *plan => Standing::Done,
                 Some(found) if found.batch >= *batch => {
                     return Err(Error::fatal(format!(
@@ -415,7 +414,8 @@ impl Inner {
     }
 }
 
-/// The last batch of a query that the table has, and what says so.
+/// The last batch of a query that the table has, and what says so. A marker that cannot be read must not pass for a table
+/// without one.
 pub(super) fn carried(
     table: &TableName,
     metadata: &TableMetadata,

@@ -87,6 +87,20 @@ pub struct TableInfo {
     pub others: Vec<(Uuid, Marker)>,
 }
 
+impl TableInfo {
+    fn of(name: &TableName, metadata: &TableMetadata, query_id: Uuid) -> Result<TableInfo, Error> {
+        let mut others = markers(metadata);
+        others.retain(|(id, _)| *id != query_id);
+        Ok(TableInfo {
+            name: name.to_string(),
+            uuid: metadata.uuid(),
+            location: metadata.location().to_string(),
+            marker: commit::carried(name, metadata, query_id)?.map(|(_, marker)| marker),
+            others,
+        })
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct IcebergSink(Arc<Inner>);
 
@@ -179,15 +193,7 @@ impl IcebergSink {
             .tables
             .iter()
             .zip(loaded)
-            .map(|(table, loaded)| {
-                Ok(TableInfo {
-                    name: table.name.to_string(),
-                    uuid: loaded.metadata.uuid(),
-                    location: loaded.metadata.location().to_string(),
-                    marker: self.0.marker(&table.name, &loaded.metadata)?,
-                    others: self.0.others(&loaded.metadata),
-                })
-            })
+            .map(|(table, loaded)| TableInfo::of(&table.name, &loaded.metadata, self.0.query_id))
             .collect()
     }
 
@@ -240,12 +246,6 @@ impl Inner {
         }))
         .await
     }
-
-    fn others(&self, metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
-        let mut others = markers(metadata);
-        others.retain(|(id, _)| *id != self.query_id);
-        others
-    }
 }
 
 /// Creates the embedded catalog where there is none yet.
@@ -276,14 +276,7 @@ async fn found(catalog: Option<&dyn Catalog>, query_id: Uuid, specs: &[TableSpec
     for spec in specs {
         let name = TableName::parse(&spec.name)?;
         let Some(LoadedTable { metadata, .. }) = catalog.load(&name).await? else { continue };
-        let (own, others) = markers(&metadata).into_iter().partition::<Vec<_>, _>(|(id, _)| *id == query_id);
-        found.push(TableInfo {
-            name: name.to_string(),
-            uuid: metadata.uuid(),
-            location: metadata.location().to_string(),
-            marker: own.into_iter().next().map(|(_, marker)| marker),
-            others,
-        });
+        found.push(TableInfo::of(&name, &metadata, query_id)?);
     }
     Ok(found)
 }

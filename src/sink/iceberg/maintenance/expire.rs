@@ -17,7 +17,7 @@ use crate::failpoint;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
 use crate::sink::iceberg::catalog::{CommitError, TableChange, TableName, iceberg_error};
-use crate::sink::iceberg::commit::{Marker, delete_all, may_delete_files, snapshot_of};
+use crate::sink::iceberg::commit::{Marker, delete_all, is_marker_tag, may_delete_files, snapshot_of};
 
 pub(super) const ATTEMPTS: u32 = 10;
 pub(super) const BACKOFF: Strategy =
@@ -128,8 +128,7 @@ fn expired(metadata: &TableMetadata, policy: &MaintenanceConfig, now_ms: i64) ->
 
 /// Whether a branch or tag is older than its retention allows. Never main, nor a tag that carries a marker.
 fn is_outdated(metadata: &TableMetadata, name: &str, reference: &SnapshotReference, now_ms: i64) -> bool {
-    let is_marker = name.strip_prefix("floe-").is_some_and(|id| Uuid::parse_str(id).is_ok());
-    if name == MAIN_BRANCH || is_marker {
+    if name == MAIN_BRANCH || is_marker_tag(name) {
         return false;
     }
     let of_its_own = match &reference.retention {
