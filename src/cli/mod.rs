@@ -1,6 +1,7 @@
 //! One file a subcommand. Owns: arguments, signals, exit codes, what goes to the terminal. Does not own: anything that a
 //! query does.
 
+mod beside;
 pub mod check;
 pub mod demo;
 pub mod dlq;

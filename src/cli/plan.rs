@@ -9,16 +9,13 @@ use std::sync::Arc;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::Error;
+use super::{Error, beside};
 use crate::checkpoint::{Checkpoint, Recovered};
 use crate::config::Config;
 use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
 use crate::query::changes::{self, Change, Changes, Verdict};
 use crate::sink::iceberg::{IcebergSink, TablePlan, TableStep};
-
-/// How often a service may finish a batch under our eyes before we give up.
-const TRIES: u32 = 5;
 
 /// What there is to say, and whether a run would go on.
 pub struct Plan {
@@ -34,7 +31,8 @@ pub async fn plan(config: &Config, as_json: bool, apply: bool) -> Result<Plan, E
     let mut known = BTreeMap::new();
     if Checkpoint::inspect(location.clone()).await.map_err(QueryError::from)?.is_some() {
         let checkpoint = Arc::new(Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?);
-        let (recovered, found) = assess(config, &pipeline, &checkpoint).await?;
+        let assess = async |recovered: &Recovered| changes::assess(config, &pipeline, &checkpoint, recovered).await;
+        let (recovered, found) = beside::read(&checkpoint, assess).await?;
         known = recovered.plan.map(|logged| logged.plan.tables).unwrap_or_default();
         changes = found;
         let only_drops = changes.obstacles().all(|change| change.verdict != Verdict::Refused);
@@ -48,28 +46,6 @@ pub async fn plan(config: &Config, as_json: bool, apply: bool) -> Result<Plan, E
     let goes_on = changes.obstacles().next().is_none();
     let text = if as_json { as_object(config, &url, &changes, goes_on) } else { text(config, &url, &changes, goes_on) };
     Ok(Plan { text, goes_on })
-}
-
-async fn assess(
-    config: &Config,
-    pipeline: &Pipeline,
-    checkpoint: &Arc<Checkpoint>,
-) -> Result<(Recovered, Changes), QueryError> {
-    let mut tries = 1;
-    loop {
-        let recovered = checkpoint.recover().await?;
-        match changes::assess(config, pipeline, checkpoint, &recovered).await {
-            Ok(changes) => return Ok((recovered, changes)),
-            Err(e) => {
-                // A running pipeline may have removed files that its newest batch replaces.
-                let now = checkpoint.recover().await?.commit.map(|c| c.batch);
-                if tries == TRIES || now == recovered.commit.map(|c| c.batch) {
-                    return Err(e);
-                }
-                tries += 1;
-            }
-        }
-    }
 }
 
 /// None: it fits as it is. `known` are the tables that the newest batch was planned for.

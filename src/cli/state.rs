@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
-use super::Error;
+use super::{Error, beside};
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::Error as QueryError;
@@ -24,7 +24,12 @@ pub async fn state(config: &Config) -> Result<String, Error> {
         return Err(Error::Other(format!("there is no checkpoint at {} yet", location.url)));
     }
     let checkpoint = Arc::new(Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?);
-    let recovered = checkpoint.recover().await.map_err(QueryError::from)?;
+    let (recovered, files) = beside::read(&checkpoint, async |recovered| {
+        let Some(commit) = &recovered.commit else { return Ok(Vec::new()) };
+        let numbers = Numbers::of(&commit.windows, pipeline.queries.iter().map(WindowQuery::table));
+        Ok(Reader::new(checkpoint.clone(), Handle::current(), numbers).open(&commit.state).await?)
+    })
+    .await?;
     let (Some(commit), Some(logged)) = (&recovered.commit, &recovered.plan) else {
         return Ok(format!("no batch of {} is committed yet: there is no state", config.name));
     };
@@ -33,9 +38,6 @@ pub async fn state(config: &Config) -> Result<String, Error> {
     let closes = evict_ms.map_or("no window is closed yet".to_string(), |ms| {
         format!("windows that end at or before {} are closed", rfc3339(ms))
     });
-    let numbers = Numbers::of(&commit.windows, pipeline.queries.iter().map(WindowQuery::table));
-    let reader = Reader::new(checkpoint, Handle::current(), numbers);
-    let files = reader.open(&commit.state).await.map_err(QueryError::from)?;
     let windows = state::open_windows(&files, evict_ms.unwrap_or(UNSET_WATERMARK_MS));
     let bytes: u64 = commit.state.iter().map(|f| f.bytes).sum();
     let mut text = format!(

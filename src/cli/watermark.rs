@@ -10,9 +10,9 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
-use super::Error;
+use super::{Error, beside};
 use crate::batch::{MicroBatch, TopicPartition};
-use crate::checkpoint::{Checkpoint, CommitEntry};
+use crate::checkpoint::{Checkpoint, CommitEntry, LoggedPlan};
 use crate::config::{Config, EventTimeConfig};
 use crate::error::Error as QueryError;
 use crate::pipeline::Pipeline;
@@ -21,9 +21,6 @@ use crate::state::{self, Numbers, Reader, WindowQuery};
 use crate::telemetry::rfc3339;
 use crate::window::closed;
 use crate::window::watermark::{EventTimeProgress, WatermarkPolicy, decide};
-
-/// How often a service may finish a batch under our eyes before we give up.
-const TRIES: u32 = 5;
 
 /// The explanation, for the terminal.
 pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> {
@@ -39,27 +36,15 @@ pub async fn watermark(config: &Config, as_json: bool) -> Result<String, Error> 
         )));
     }
     let checkpoint = Arc::new(Checkpoint::open(location, &config.name).await.map_err(QueryError::from)?);
-    let mut tries = 1;
-    let (plan, commit, open) = loop {
-        let recovered = checkpoint.recover().await.map_err(QueryError::from)?;
-        let Some(plan) = recovered.plan else {
-            return Err(Error::Other(format!(
-                "pipeline {} has planned no batch yet: there is no watermark",
-                config.name
-            )));
-        };
-        match open_windows(&checkpoint, recovered.commit.as_ref(), &plan.plan, pipeline.queries.clone()).await {
-            Ok(open) => break (plan.plan, recovered.commit, open),
-            Err(e) => {
-                // A running pipeline may have removed files that its newest batch replaces.
-                let now = checkpoint.recover().await.map_err(QueryError::from)?.commit;
-                if tries == TRIES || now.map(|c| c.batch) == recovered.commit.map(|c| c.batch) {
-                    return Err(Error::Query(e));
-                }
-                tries += 1;
-            }
-        }
+    let (recovered, open) = beside::read(&checkpoint, async |recovered| {
+        let Some(logged) = &recovered.plan else { return Ok(Vec::new()) };
+        open_windows(&checkpoint, recovered.commit.as_ref(), &logged.plan, pipeline.queries.clone()).await
+    })
+    .await?;
+    let Some(LoggedPlan { plan, .. }) = recovered.plan else {
+        return Err(Error::Other(format!("pipeline {} has planned no batch yet: there is no watermark", config.name)));
     };
+    let commit = recovered.commit;
     let now_ms = (crate::clock::system())();
     let explanation = Explanation::new(&config.name, event_time, &plan, commit.as_ref(), &open, now_ms);
     Ok(if as_json { explanation.json().to_string() } else { explanation.text() })

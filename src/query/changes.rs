@@ -152,11 +152,13 @@ pub async fn assess(
     let found = windows.judge(&pipeline.queries);
     changes.drops = found.drops;
     changes.list.extend(found.list);
-    for change in changes.list.iter_mut().filter(|change| change.verdict == Verdict::NeedsRebuild) {
-        let query = pipeline.queries.iter().find(|q| change.subject == subject(q.table()));
-        let from_us = query.and_then(|q| oldest_open_us(q, evict_ms));
+    let mut rebuilds = changes.list.iter_mut().filter(|change| change.verdict == Verdict::NeedsRebuild).peekable();
+    if rebuilds.peek().is_some() {
         let logs = checkpoint.logs(commit.batch).await?;
-        advise_rebuild(change, &logs, from_us);
+        for change in rebuilds {
+            let query = pipeline.queries.iter().find(|q| change.subject == subject(q.table()));
+            advise_rebuild(change, &logs, query.and_then(|q| oldest_open_us(q, evict_ms)));
+        }
     }
     if !changes.drops.is_empty() {
         changes.agreed = checkpoint.agreed_to_drop(commit.batch, &changes.drops).await?;
@@ -371,9 +373,7 @@ fn advise_rebuild(change: &mut Change, logs: &[(MicroBatch, CommitEntry)], from_
         Some(us) => format!("from {} on", rfc3339(us.div_euclid(1000))),
         None => "that the topics still have all records of".to_string(),
     };
-    let read =
-        logs.last().and_then(|(_, commit)| commit.event_times.partitions.values().map(|t| t.max_event_time_ms).max());
-    let incomplete = match read.flatten() {
+    let incomplete = match logs.last().and_then(|(_, commit)| commit.event_times.latest_ms()) {
         Some(ms) => {
             format!("those that begin by {}, the latest event time so far, lack what was read before", rfc3339(ms))
         }
