@@ -266,7 +266,11 @@ struct Writers<'a> {
     took: Duration,
 }
 
-impl Writers<'_> {
+impl<'a> Writers<'a> {
+    fn new(sink: Option<&'a IcebergSink>, plan: &'a MicroBatch, attempt: Uuid, worker: usize) -> Writers<'a> {
+        Writers { sink, plan, attempt, worker, open: BTreeMap::new(), took: Duration::ZERO }
+    }
+
     fn write(&mut self, table: usize, rows: &RecordBatch) -> Result<(), Error> {
         let Some(sink) = self.sink.filter(|_| rows.num_rows() > 0) else { return Ok(()) };
         let started = Instant::now();
@@ -354,14 +358,7 @@ impl<'a> Job<'a> {
     }
 
     fn writers(&self, worker: usize) -> Writers<'a> {
-        Writers {
-            sink: self.sink,
-            plan: self.plan,
-            attempt: self.attempt,
-            worker,
-            open: BTreeMap::new(),
-            took: Duration::ZERO,
-        }
+        Writers::new(self.sink, self.plan, self.attempt, worker)
     }
 
     fn read(&self, worker: usize) -> Result<Output, Error> {
@@ -754,14 +751,7 @@ struct Emit<'a> {
 impl Emit<'_> {
     fn run(&self, worker: usize) -> Result<Output, Error> {
         let started = Instant::now();
-        let mut writers = Writers {
-            sink: Some(self.sink),
-            plan: self.plan,
-            attempt: self.attempt,
-            worker,
-            open: BTreeMap::new(),
-            took: Duration::ZERO,
-        };
+        let mut writers = Writers::new(Some(self.sink), self.plan, self.attempt, worker);
         let mut counts = Counts::default();
         loop {
             let next = lock(&self.closed).next();

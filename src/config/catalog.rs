@@ -9,6 +9,7 @@ use url::Url;
 
 use super::build::check_location;
 use super::read::Reader;
+use super::registry::http_url;
 
 #[derive(Clone, Debug)]
 pub enum CatalogConfig {
@@ -198,17 +199,7 @@ fn headers(r: &mut Reader<'_>) -> BTreeMap<String, String> {
 fn url(r: &mut Reader<'_>, key: &str) -> Option<Url> {
     let text = r.text(key)?;
     let allowed = "allowed is http://host:port/path or https://host:port/path";
-    let mut url = match Url::parse(text.trim()) {
-        Ok(url) if matches!(url.scheme(), "http" | "https") => url,
-        Ok(url) => {
-            r.error(key, format!("found {}:, {allowed}", url.scheme()));
-            return None;
-        }
-        Err(e) => {
-            r.error(key, format!("is no URL: {e}; {allowed}"));
-            return None;
-        }
-    };
+    let mut url = http_url(r, key, &text, allowed)?;
     if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
         r.error(key, format!("has a user name, a query or a fragment; {allowed}"));
         return None;

@@ -47,17 +47,7 @@ pub fn registry(r: &mut Reader<'_>) -> Option<RegistryConfig> {
         return None;
     };
     let allowed = "allowed is http://host:port or https://host:port, with a path where the registry has one";
-    let mut url = match Url::parse(text.trim()) {
-        Ok(url) if matches!(url.scheme(), "http" | "https") => url,
-        Ok(url) => {
-            r.error("schema.registry", format!("found {}:, {allowed}", url.scheme()));
-            return None;
-        }
-        Err(e) => {
-            r.error("schema.registry", format!("is no URL: {e}; {allowed}"));
-            return None;
-        }
-    };
+    let mut url = http_url(r, "schema.registry", &text, allowed)?;
     if url.query().is_some() || url.fragment().is_some() {
         r.error("schema.registry", format!("has a query or a fragment; {allowed}"));
     }
@@ -66,4 +56,14 @@ pub fn registry(r: &mut Reader<'_>) -> Option<RegistryConfig> {
     }
     url.set_path(&format!("{}/", url.path().trim_end_matches('/')));
     Some(RegistryConfig { url, credentials: username.map(|name| (name, password)) })
+}
+
+/// A URL with `http` or `https`; messages do not quote it.
+pub(super) fn http_url(r: &mut Reader<'_>, key: &str, text: &str, allowed: &str) -> Option<Url> {
+    match Url::parse(text.trim()) {
+        Ok(url) if matches!(url.scheme(), "http" | "https") => return Some(url),
+        Ok(url) => r.error(key, format!("found {}:, {allowed}", url.scheme())),
+        Err(e) => r.error(key, format!("is no URL: {e}; {allowed}")),
+    }
+    None
 }
