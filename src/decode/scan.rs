@@ -74,8 +74,8 @@ impl<'a> Scanner<'a> {
     /// Mostly there is none, which one comparison tells.
     #[inline(always)]
     pub fn skip_whitespace(&mut self) {
-        while self.peek().is_some_and(|byte| byte <= b' ') {
-            if let Some(b'\0'..=b'\x08' | b'\x0b' | b'\x0c' | b'\x0e'..=b'\x1f') = self.peek() {
+        while let Some(byte @ ..=b' ') = self.peek() {
+            if !matches!(byte, b' ' | b'\t' | b'\n' | b'\r') {
                 return;
             }
             self.at += 1;
@@ -128,14 +128,7 @@ impl<'a> Scanner<'a> {
     where
         'a: 's,
     {
-        let begin = self.at + 1;
-        let stop = find_special(self.bytes, begin);
-        if self.bytes.get(stop) == Some(&b'"') {
-            self.at = stop + 1;
-            return Ok(&self.bytes[begin..stop]);
-        }
-        self.apart(|copy| copy.string_with_escapes(begin, scratch))?;
-        Ok(scratch)
+        self.packed_string(scratch).map(|(text, _)| text)
     }
 
     /// The same with its [`Packed`] form. The lengths of a field's strings differ from record to record: there is no branch on them
