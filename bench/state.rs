@@ -157,7 +157,10 @@ impl Bench {
     fn touched(&self, round: u64) -> Vec<RecordBatch> {
         let step = self.groups / TOUCHED;
         let pick = |n: u64| if step > 1 { n * step + mix(n + round) % step } else { n };
-        rows(self.windows, (0..TOUCHED).map(pick))
+        // In an order of their own, as records come.
+        let mut order: Vec<u64> = (0..TOUCHED).collect();
+        order.sort_by_key(|n| mix(mix(*n) + round));
+        rows(self.windows, order.into_iter().map(pick))
     }
 
     fn measure(mut self, what: &str) {

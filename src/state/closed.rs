@@ -29,8 +29,16 @@ pub struct Closing {
 }
 
 pub(super) enum Content {
-    Resident { unit: Unit, end_us: i64, table: GroupTable },
-    Sessions { unit: Unit, partial: Partial },
+    /// The tables have no groups in common.
+    Resident {
+        unit: Unit,
+        end_us: i64,
+        tables: Vec<GroupTable>,
+    },
+    Sessions {
+        unit: Unit,
+        partial: Partial,
+    },
     Stored(Stored),
 }
 
@@ -59,8 +67,11 @@ impl Closing {
         let Closing { queries, content } = self;
         let stored = match content {
             Content::Stored(stored) => stored,
-            Content::Resident { unit, end_us, table } => {
-                return each(ClosedWindow { queries, unit, rows: Rows::Window { end_us, table } });
+            Content::Resident { unit, end_us, tables } => {
+                let mut tables = tables.into_iter().filter(|table| table.groups() > 0);
+                return tables.try_for_each(|table| {
+                    each(ClosedWindow { queries: queries.clone(), unit, rows: Rows::Window { end_us, table } })
+                });
             }
             Content::Sessions { unit, partial } => {
                 return each(ClosedWindow { queries, unit, rows: Rows::Sessions(partial) });
@@ -80,7 +91,7 @@ impl Closing {
                     let partial = stored::filter(query, lane.clone(), shard)?;
                     table.merge(query, &partial).map_err(|e| query.error(&e))?;
                 }
-                if table.groups() > 0 {
+                for table in table.into_tables().into_iter().filter(|table| table.groups() > 0) {
                     let rows = Rows::Window { end_us: window.end_us, table };
                     each(ClosedWindow { queries: queries.clone(), unit, rows })?;
                 }

@@ -168,10 +168,11 @@ impl Output<'_> {
         if table.groups() == 0 {
             return Ok(());
         }
-        let partial = table.into_partial(query).map_err(|e| query.error(&e))?;
-        for (shard, partial) in shard::split(query, partial, shard, SECTION_GROUPS).map_err(|e| query.error(&e))? {
-            let end_us = table::end_of(query, unit, &partial).map_err(|e| query.error(&e))?;
-            self.builder.push(&Section::encode(query, unit, shard, end_us, &partial)?);
+        for partial in table.into_partials(query).map_err(|e| query.error(&e))? {
+            for (shard, partial) in shard::split(query, partial, shard, SECTION_GROUPS).map_err(|e| query.error(&e))? {
+                let end_us = table::end_of(query, unit, &partial).map_err(|e| query.error(&e))?;
+                self.builder.push(&Section::encode(query, unit, shard, end_us, &partial)?);
+            }
         }
         self.flush_if_full()
     }

@@ -185,13 +185,13 @@ impl GroupTable {
         Ok(())
     }
 
-    /// The groups of these keys in a table of their own, to be evaluated; all of them have to be in this one, which stays
+    /// The groups of these partials in a table of their own, to be evaluated; all of them have to be in this one, which stays
     /// what it is. Accumulators can only give their state away, so all of it goes out and in again.
-    pub fn copy_of(&mut self, query: &WindowQuery, keys: &[(usize, Vec<ArrayRef>)]) -> Result<GroupTable> {
+    pub fn copy_of(&mut self, query: &WindowQuery, partials: &[Partial]) -> Result<GroupTable> {
         let mut touched = Vec::new();
         let mut indices = Vec::new();
-        for (groups, keys) in keys {
-            self.intern(query, keys, *groups, &mut indices)?;
+        for partial in partials {
+            self.intern(query, &partial.keys, partial.groups, &mut indices)?;
             touched.extend(indices.iter().map(|group| *group as u32));
         }
         touched.sort();

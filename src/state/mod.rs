@@ -17,12 +17,14 @@ mod file;
 mod groups;
 mod lane;
 mod late;
+mod merge;
 mod numbers;
 mod query;
 mod residence;
 mod session_lane;
 mod sessions;
 mod shard;
+mod sharded;
 #[cfg(test)]
 mod spark_vectors;
 mod stored;
@@ -37,15 +39,13 @@ mod tests_aggregates;
 mod tests_sessions;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::checkpoint::StateFile;
 use crate::error::Kind;
 use crate::window::closed;
 use closed::{Content, StoredWindow};
-use groups::{GroupTable, Partial};
-use sessions::SessionTable;
-use shard::Shard;
+use groups::Partial;
 use table::Table;
 
 pub use closed::{ClosedWindow, Closing};
@@ -194,30 +194,6 @@ enum Groups {
     Stored(Vec<Partial>),
 }
 
-/// One window that a batch touched, to be merged on some thread.
-struct Task {
-    unit: Unit,
-    end_us: i64,
-    /// What there is of it already; None: it is new.
-    window: Option<Window>,
-    lanes: Vec<LanePart>,
-}
-
-/// What a lane has of a unit.
-enum LanePart {
-    Window(GroupTable),
-    Sessions(Partial),
-}
-
-struct Merged {
-    unit: Unit,
-    window: Window,
-    /// By lane, in their order; none if the window is about to close.
-    sections: Vec<file::Section>,
-    /// What is to be handed out now.
-    ready: Option<Content>,
-}
-
 impl StateStore {
     /// Empty, without files: everything stays in memory. A running query begins with [`StateStore::recover`].
     pub fn new(queries: Arc<[WindowQuery]>) -> Self {
@@ -231,59 +207,6 @@ impl StateStore {
             evicted: BTreeMap::new(),
             closed_ms: i64::MIN / 1000,
         }
-    }
-
-    /// Merges the lanes' partial aggregates in the order given, windows in parallel on up to `workers` threads, and gives the
-    /// delta: the partials of those windows that stay open after `evict_ms`. A window that is in files only stays there: what
-    /// the batch adds to it is in the delta. In update mode it is read back, for its results are wanted now; so are sessions,
-    /// for what they become is only known where they are known.
-    pub fn merge_lanes(&mut self, lanes: Vec<Lane>, evict_ms: i64, workers: usize) -> Result<Delta, Error> {
-        self.clock += 1;
-        let mut touched: BTreeMap<Unit, Vec<LanePart>> = BTreeMap::new();
-        for lane in lanes {
-            let (windows, sessions) = lane.into_parts();
-            for (query, windows) in (0..).zip(windows) {
-                for (key, table) in windows {
-                    touched.entry(Unit { query, key }).or_default().push(LanePart::Window(table));
-                }
-            }
-            for ((query, lane), compiled) in (0..).zip(sessions).zip(self.queries.iter()) {
-                let Some(lane) = lane else { continue };
-                for (key, partial) in lane.into_partials(compiled).map_err(|e| compiled.error(&e))? {
-                    touched.entry(Unit { query, key }).or_default().push(LanePart::Sessions(partial));
-                }
-            }
-        }
-        for (unit, _) in self.open.iter().filter(|(_, w)| closed(w.first_end_us, evict_ms)) {
-            if query_of(&self.queries, *unit)?.is_session() {
-                touched.entry(*unit).or_default();
-            }
-        }
-        let wanted = touched.keys().filter(|unit| {
-            let wanted = self.queries.get(unit.query as usize).is_some_and(|q| q.updates() || q.is_session());
-            wanted && self.open.get(unit).is_some_and(|w| matches!(w.groups, Groups::Stored(_)))
-        });
-        self.read_back(wanted.copied().collect(), workers)?;
-        let mut tasks = Vec::with_capacity(touched.len());
-        for (unit, lanes) in touched {
-            let end_us = query_of(&self.queries, unit)?.windowing().end(unit.key);
-            tasks.push(Task { unit, end_us, window: self.open.remove(&unit), lanes });
-        }
-        let (queries, clock) = (self.queries.clone(), self.clock);
-        let mut merged = in_parallel(tasks, workers, |task| merge_window(&queries, task, evict_ms, clock))?;
-        merged.sort_by_key(|m| m.unit);
-        let mut builder = file::Builder::new();
-        self.ready.clear();
-        for Merged { unit, window, sections, ready } in merged {
-            sections.iter().for_each(|section| builder.push(section));
-            self.ready.extend(ready.map(|content| Closing { queries: self.queries.clone(), content }));
-            // Of a share there may be no sessions left.
-            if !matches!(&window.groups, Groups::Resident(table) if table.groups() == 0) {
-                self.open.insert(unit, window);
-            }
-        }
-        self.closed_ms = evict_ms;
-        Ok(builder.finish(&self.numbers()))
     }
 
     fn numbers(&self) -> Numbers {
@@ -313,7 +236,7 @@ impl StateStore {
                 Groups::Resident(Table::Sessions(_)) => {}
                 Groups::Resident(Table::Window(table)) => closing.push(Closing {
                     queries: self.queries.clone(),
-                    content: Content::Resident { unit, end_us, table },
+                    content: Content::Resident { unit, end_us, tables: table.into_tables() },
                 }),
                 Groups::Stored(lanes) => drop(stored.insert(unit, StoredWindow { unit, end_us, lanes })),
             }
@@ -380,128 +303,4 @@ impl StateStore {
         let file_bytes = self.files.iter().map(|live| live.file.bytes).sum();
         Stats { queries, files: self.files.len() as u64, file_bytes }
     }
-}
-
-fn merge_window(queries: &[WindowQuery], task: Task, evict_ms: i64, clock: u64) -> Result<Merged, Error> {
-    let Task { unit, end_us, window, lanes } = task;
-    let query = query_of(queries, unit)?;
-    if query.is_session() {
-        return merge_sessions(query, unit, window, lanes, evict_ms, clock);
-    }
-    let stays_open = !closed(end_us, evict_ms);
-    let (mut table, mut stored, stored_groups) = match window {
-        None => (None, None, 0),
-        Some(Window { groups: Groups::Resident(Table::Sessions(_)), .. }) => return Err(Error::Panicked),
-        Some(Window { groups: Groups::Resident(Table::Window(table)), stored_groups, .. }) => {
-            (Some(table), None, stored_groups)
-        }
-        Some(Window { groups: Groups::Stored(_), stored_groups, .. }) => (None, Some(Vec::new()), stored_groups),
-    };
-    let mut sections = Vec::new();
-    let mut touched = Vec::new();
-    for lane in lanes {
-        let LanePart::Window(lane) = lane else { return Err(Error::Panicked) };
-        if table.is_none() && stored.is_none() && !stays_open && !query.updates() {
-            table = Some(lane);
-            continue;
-        }
-        let partial = lane.into_partial(query).map_err(|e| query.error(&e))?;
-        if query.updates() {
-            touched.push((partial.groups, partial.keys.clone()));
-        }
-        match &mut stored {
-            Some(lanes) if !stays_open => lanes.push(partial.clone()),
-            Some(_) => {}
-            None => {
-                let into = match table.take() {
-                    Some(table) => table,
-                    None => GroupTable::new(query).map_err(|e| query.error(&e))?,
-                };
-                table.insert(into).merge(query, &partial).map_err(|e| query.error(&e))?;
-            }
-        }
-        if stays_open {
-            for (shard, partial) in
-                shard::split(query, partial, Shard::WHOLE, SECTION_GROUPS).map_err(|e| query.error(&e))?
-            {
-                sections.push(file::Section::encode(query, unit, shard, end_us, &partial)?);
-            }
-        }
-    }
-    let ready = match &mut table {
-        Some(table) if query.updates() => {
-            let table = table.copy_of(query, &touched).map_err(|e| query.error(&e))?;
-            Some(Content::Resident { unit, end_us, table })
-        }
-        _ => None,
-    };
-    let groups = match stored {
-        Some(lanes) => Groups::Stored(lanes),
-        None => Groups::Resident(Table::Window(table.ok_or(Error::Panicked)?)),
-    };
-    let window = Window { first_end_us: end_us, end_us, groups, touched: clock, stored_groups };
-    Ok(Merged { unit, window, sections, ready })
-}
-
-/// A share of the sessions: the delta has those that the batch has touched, as they are now.
-fn merge_sessions(
-    query: &WindowQuery,
-    unit: Unit,
-    window: Option<Window>,
-    lanes: Vec<LanePart>,
-    evict_ms: i64,
-    clock: u64,
-) -> Result<Merged, Error> {
-    let failed = |e| query.error(&e);
-    let (mut table, stored_groups) = match window {
-        None => (SessionTable::default(), 0),
-        Some(Window { groups: Groups::Resident(Table::Sessions(table)), stored_groups, .. }) => (table, stored_groups),
-        Some(_) => return Err(Error::Panicked),
-    };
-    for lane in lanes {
-        let LanePart::Sessions(partial) = lane else { return Err(Error::Panicked) };
-        table.merge(query, &partial).map_err(failed)?;
-    }
-    let changed = table.changed(evict_ms).map_err(failed)?;
-    let mut sections = Vec::new();
-    if changed.groups > 0 {
-        for (shard, partial) in shard::split(query, changed, Shard::WHOLE, SECTION_GROUPS).map_err(failed)? {
-            let end_us = table::end_of(query, unit, &partial).map_err(failed)?;
-            sections.push(file::Section::encode(query, unit, shard, end_us, &partial)?);
-        }
-    }
-    let partial = table.close(evict_ms).map_err(failed)?;
-    let ready = (partial.groups > 0).then_some(Content::Sessions { unit, partial });
-    let table = Table::Sessions(table);
-    let window = Window {
-        first_end_us: table.first_end(query, unit),
-        end_us: table.last_end(query, unit),
-        groups: Groups::Resident(table),
-        touched: clock,
-        stored_groups,
-    };
-    Ok(Merged { unit, window, sections, ready })
-}
-
-/// Runs every task on up to `workers` threads. The results come in no particular order.
-fn in_parallel<T: Send, R: Send>(
-    tasks: Vec<T>,
-    workers: usize,
-    run: impl Fn(T) -> Result<R, Error> + Sync,
-) -> Result<Vec<R>, Error> {
-    let threads = workers.min(tasks.len());
-    if threads <= 1 {
-        return tasks.into_iter().map(run).collect();
-    }
-    let queue = Mutex::new(tasks.into_iter());
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || std::iter::from_fn(next).map(&run).collect::<Result<Vec<R>, Error>>();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let mut results = Vec::new();
-        for thread in threads {
-            results.extend(thread.join().map_err(|_| Error::Panicked)??);
-        }
-        Ok(results)
-    })
 }

@@ -10,10 +10,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::closed::{Closing, Content, Stored, StoredWindow};
+use super::merge::in_parallel;
 use super::query::WindowQuery;
+use super::shard::Shard;
+use super::sharded::ShardedTable;
 use super::stored::{self, Extent, LiveFile, Reader, Span};
 use super::table::Table;
-use super::{Error, Groups, StateStore, Unit, Window, in_parallel, query_of};
+use super::{Error, Groups, StateStore, Unit, Window, query_of};
 use crate::checkpoint::StateFile;
 use crate::failpoint;
 
@@ -89,11 +92,15 @@ impl StateStore {
 
     /// Brings windows into memory, which come in order with their bytes in files. Returns the memory they take.
     fn load(&mut self, residence: &Residence, units: Vec<(Unit, u64)>, workers: usize) -> Result<u64, Error> {
-        // The shards of a large window go into one table, one after another.
+        let is_session = |unit: &Unit| self.queries.get(unit.query as usize).is_some_and(WindowQuery::is_session);
         let mut tasks: Vec<Vec<Span>> = Vec::new();
         for span in stored::spans(units, residence.share) {
             match tasks.last_mut() {
-                Some(spans) if spans.first().is_some_and(|s| s.shard.bits > 0 && s.units == span.units) => {
+                // Of a window, every shard that is read at once has a table of its own; sessions have one table.
+                Some(spans)
+                    if spans.first().is_some_and(|s| s.shard.bits > 0 && s.units == span.units)
+                        && span.units.iter().all(is_session) =>
+                {
                     spans.push(span);
                 }
                 _ => tasks.push(vec![span]),
@@ -105,10 +112,27 @@ impl StateStore {
             if failpoint::hit("state.recovery") {
                 return Err(Error::Failpoint("state.recovery"));
             }
-            Ok(tables)
+            let shard = spans.first().map_or(Shard::WHOLE, |span| span.shard);
+            Ok(tables.into_iter().map(|(unit, table)| (unit, shard, table)).collect::<Vec<_>>())
         })?;
+        let mut tables: BTreeMap<Unit, Table> = BTreeMap::new();
+        for (unit, shard, table) in loaded.into_iter().flatten() {
+            let query = query_of(&self.queries, unit)?;
+            let whole = match (tables.remove(&unit), table) {
+                (known, Table::Window(table)) => {
+                    let mut whole = match known {
+                        Some(Table::Window(whole)) => whole,
+                        _ => ShardedTable::of_bits(query, shard.bits).map_err(|e| query.error(&e))?,
+                    };
+                    whole.put(shard, table);
+                    Table::Window(whole)
+                }
+                (_, table) => table,
+            };
+            tables.insert(unit, whole);
+        }
         let mut held = 0;
-        for (unit, mut table) in loaded.into_iter().flatten() {
+        for (unit, mut table) in tables {
             let query = query_of(&self.queries, unit)?;
             table.forget_closed(self.closed_ms).map_err(|e| query.error(&e))?;
             held += table.bytes() as u64;
@@ -215,7 +239,7 @@ pub fn first_sessions(
     Ok(first)
 }
 
-/// Reads windows: several with one span, or one with the spans of its shards.
+/// Reads units: several with one span, or one with the spans of its shards.
 fn read_tables(
     queries: &[WindowQuery],
     reader: &Reader,

@@ -36,12 +36,21 @@ impl Shard {
         self.covers(other) || other.covers(self)
     }
 
+    /// Which of 2^`bits` shards it is in or, where it is coarser than these, begins with.
+    pub fn number(self, bits: u8) -> usize {
+        match self.bits >= bits {
+            true => (self.prefix >> (self.bits - bits)) as usize,
+            false => (self.prefix as usize) << (bits - self.bits),
+        }
+    }
+
     fn holds(self, hash: u16) -> bool {
         self.covers(Shard { bits: 16, prefix: hash })
     }
 }
 
-fn extra_bits(shard: Shard, total: u64, share: u64) -> u8 {
+/// How much finer shards have to be for each to have about `share` of the `total` of this one.
+pub(super) fn extra_bits(shard: Shard, total: u64, share: u64) -> u8 {
     let pieces = total.div_ceil(share.max(1)).clamp(1, 1 << MAX_BITS).next_power_of_two();
     (pieces.trailing_zeros() as u8).min(MAX_BITS.saturating_sub(shard.bits))
 }
@@ -86,6 +95,11 @@ pub(super) fn filter(query: &WindowQuery, partial: Partial, shard: Shard) -> Res
 /// Splits a partial of the shard into finer ones of about `groups` each; one that is small enough stays as it is.
 pub(super) fn split(query: &WindowQuery, partial: Partial, shard: Shard, groups: u64) -> Result<Vec<(Shard, Partial)>> {
     let extra = extra_bits(shard, partial.groups as u64, groups);
+    cut(query, partial, shard, extra)
+}
+
+/// Into shards that are so many bits finer; without keys there is one group, which stays where it is.
+pub(super) fn cut(query: &WindowQuery, partial: Partial, shard: Shard, extra: u8) -> Result<Vec<(Shard, Partial)>> {
     if extra == 0 || partial.keys.is_empty() {
         return Ok(vec![(shard, partial)]);
     }
@@ -112,6 +126,10 @@ mod tests {
         assert!(Shard::WHOLE.covers(quarter(3)) && !quarter(3).covers(Shard::WHOLE));
         assert!(quarter(2).covers(eighth(4)) && quarter(2).covers(eighth(5)) && !quarter(2).covers(eighth(6)));
         assert!(eighth(5).overlaps(quarter(2)) && !eighth(5).overlaps(quarter(1)) && quarter(1).covers(quarter(1)));
+        assert_eq!(
+            [eighth(5).number(2), quarter(2).number(2), quarter(2).number(3), Shard::WHOLE.number(4)],
+            [2, 2, 4, 0]
+        );
         assert!(quarter(2).holds(0x8000) && quarter(2).holds(0xBFFF) && !quarter(2).holds(0xC000));
     }
 

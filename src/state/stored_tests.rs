@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
-use super::tests::{ALL, MINUTE, batch, canonical, close, config, lane, queries, stream};
+use super::tests::{ALL, MINUTE, batch, canonical, close, close_all, config, lane, queries, stream};
 use super::tests_sessions::sessions;
 use super::*;
 use crate::checkpoint::{Checkpoint, StateKind, WindowStates};
@@ -152,6 +152,30 @@ proptest! {
         store.drop_superfluous(END);
         prop_assert_eq!(store.stats().files, 0);
     }
+}
+
+#[test]
+fn a_large_window_comes_back_in_shards() {
+    let queries = queries(&[config(4 * MINUTE as u64, &["device"], &ALL), config(12 * MINUTE as u64, &[], &ALL)]);
+    let mut disk = Disk::new(queries.clone());
+    let mut unbroken = disk.recover(u64::MAX / 8).unwrap();
+    for (lanes, _) in batches(&queries, 5, 9).into_iter().take(9) {
+        disk.run(&mut unbroken, lanes, 0);
+    }
+    let mut store = disk.recover(0).unwrap();
+    // Small enough for the window without keys as well: its group is in the first shard.
+    store.residence.as_mut().unwrap().share = 2_000;
+    store.read_back(store.open.keys().copied().collect(), 3).unwrap();
+    for window in store.open.values() {
+        let Groups::Resident(Table::Window(table)) = &window.groups else { panic!("it was read back") };
+        assert!(table.bits() > 0);
+    }
+    let rows = |store: &mut StateStore| {
+        let lanes = batches(&queries, 500, 1).remove(0).0;
+        store.merge_lanes(lanes, 0, 3).unwrap();
+        canonical(&close_all(store).0)
+    };
+    assert!(rows(&mut store) == rows(&mut unbroken));
 }
 
 #[test]

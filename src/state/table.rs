@@ -4,12 +4,13 @@ use arrow::compute::max;
 use datafusion_common::Result;
 
 use super::Unit;
-use super::groups::{GroupTable, Partial};
+use super::groups::Partial;
 use super::query::WindowQuery;
 use super::sessions::{SessionTable, bounds};
+use super::sharded::ShardedTable;
 
 pub(super) enum Table {
-    Window(GroupTable),
+    Window(ShardedTable),
     Sessions(SessionTable),
 }
 
@@ -17,7 +18,7 @@ impl Table {
     pub fn new(query: &WindowQuery) -> Result<Table> {
         Ok(match query.is_session() {
             true => Table::Sessions(SessionTable::default()),
-            false => Table::Window(GroupTable::new(query)?),
+            false => Table::Window(ShardedTable::new(query)?),
         })
     }
 
@@ -69,10 +70,10 @@ impl Table {
         }
     }
 
-    pub fn into_partial(self, query: &WindowQuery) -> Result<Partial> {
+    pub fn into_partials(self, query: &WindowQuery) -> Result<Vec<Partial>> {
         match self {
-            Table::Window(table) => table.into_partial(query),
-            Table::Sessions(table) => table.into_partial(),
+            Table::Window(table) => table.into_tables().into_iter().map(|table| table.into_partial(query)).collect(),
+            Table::Sessions(table) => Ok(vec![table.into_partial()?]),
         }
     }
 }
