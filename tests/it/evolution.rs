@@ -106,10 +106,13 @@ fn killed_around_the_change() {
     pipeline.run();
     add_firmware(&pipeline);
     second_half(topic, r#""firmware":"fw-2""#);
-    // The table's own commit comes before the first batch's.
-    for step in ["commit.metadata_written", "commit.committed"] {
+    // The column comes with the rows that fill it, or neither does.
+    for (step, evolved) in [("commit.metadata_written", false), ("commit.committed", true)] {
         let ended = pipeline.run_failing(&format!("{step}:kill")).expect_killed();
         assert!(!ended.output.contains("batch committed"), "{}", ended.output);
+        let table = pipeline.tables().table(ROWS);
+        assert_eq!(table.columns.iter().any(|(name, ..)| name == "firmware"), evolved, "{step}");
+        assert_eq!(table.rows, Some(valid(0..if evolved { 1_000 } else { 500 })), "{step}");
     }
     pipeline.run();
     all_there(&pipeline);

@@ -14,7 +14,8 @@ use futures::{StreamExt, TryStreamExt};
 use iceberg::io::FileIO;
 use iceberg::spec::{
     DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestListWriter, ManifestWriterBuilder, Operation,
-    Snapshot, SnapshotRef, SnapshotReference, SnapshotRetention, SnapshotSummaryCollector, Summary, TableMetadata,
+    Schema, Snapshot, SnapshotRef, SnapshotReference, SnapshotRetention, SnapshotSummaryCollector, Summary,
+    TableMetadata,
 };
 use object_store::ObjectStoreExt;
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
 use super::manifests::Merge;
-use super::{BoundTable, Inner, files, probe};
+use super::{BoundTable, Inner, evolution, files, probe};
 use crate::batch::BatchId;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
@@ -258,6 +259,7 @@ impl Inner {
         let marker = serde_json::to_string(&commit.marker)
             .map_err(|e| Error::fatal(format!("the marker has no JSON form: {e}")))?;
         let carrier = self.carrier(&table.name, &loaded.metadata).await?;
+        let evolution = table.evolution(&loaded.metadata)?;
         let mut manifests = Vec::new();
         let mut snapshot = None;
         // Without files too where nothing else keeps a late request from setting the marker back.
@@ -267,12 +269,15 @@ impl Inner {
                 properties.extend(commit.properties.clone());
             }
             properties.insert(self.marker_property.clone(), marker.clone());
-            let appended = self.append(table, &loaded.metadata, files, properties, &mut manifests).await;
+            let appended = self.append(table, loaded, evolution.as_ref(), files, properties, &mut manifests).await;
             snapshot = Some(appended.map_err(failed)?);
         }
         let mut properties: HashMap<String, String> = commit.properties.clone().into_iter().collect();
         properties.insert(self.marker_property.clone(), marker);
         let change = TableChange::new(&table.name, loaded, |mut builder| {
+            if let Some(schema) = evolution {
+                builder = builder.add_current_schema(schema)?;
+            }
             if carrier == Carrier::Property {
                 builder = builder.set_properties(properties)?;
             }
@@ -292,14 +297,18 @@ impl Inner {
         Ok(Staged { index, change: change.map_err(failed)?, manifests })
     }
 
+    /// The next snapshot. `evolution` is the schema that the table gets together with it.
     pub(super) async fn append(
         &self,
         table: &BoundTable,
-        metadata: &TableMetadata,
+        loaded: &LoadedTable,
+        evolution: Option<&Schema>,
         files: &[DataFile],
         properties: HashMap<String, String>,
         written: &mut Vec<String>,
     ) -> iceberg::Result<Snapshot> {
+        let evolved = evolution.map(|schema| evolution::apply(&table.name, loaded, schema.clone())).transpose()?;
+        let metadata = evolved.as_ref().map_or(loaded.metadata.as_ref(), |change| &change.metadata);
         let parent = metadata.current_snapshot();
         let snapshot_id = new_snapshot_id(metadata);
         let folder = format!("{}/metadata", metadata.location().trim_end_matches('/'));
@@ -312,8 +321,8 @@ impl Inner {
         };
         let spec_id = table.files.spec.spec_id();
         let spec = metadata.partition_spec_by_id(spec_id).ok_or_else(|| gone("partition spec"))?;
-        let schema_id = table.files.schema.schema_id();
-        let schema = metadata.schema_by_id(schema_id).ok_or_else(|| gone("schema"))?;
+        let schema = evolution::same_schema(metadata, &table.files.schema).ok_or_else(|| gone("schema"))?;
+        let schema_id = schema.schema_id();
 
         let mut list_of: Vec<ManifestFile> = Vec::new();
         if !files.is_empty() {

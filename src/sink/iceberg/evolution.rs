@@ -1,16 +1,19 @@
 //! What becomes of an existing table whose columns are not the pipeline's: nothing, an additive change, or a refusal.
 //!
-//! Pure. A change is committed by itself when the tables are opened, not with the first batch: data files carry field
-//! ids, and these are settled only once the table has them. It touches the schema alone. Whatever an older schema wrote
-//! still fits afterwards, so a process that is killed next, or a pipeline that goes back to its old schema, finds at
-//! worst a column that it does not fill. Invariant: field ids come after the table's last one and are never used again;
-//! partitioning, sort order, identifier fields and everything that others have added stay.
+//! Pure. A change comes with the first commit of a process that needs it: columns and the first rows that fill them appear
+//! together, and a process that gets to no commit leaves the table as it was. Data files carry field ids, so what they will
+//! be is settled when the tables are opened, and the commit happens only if the table's columns still are what they were then.
+//! It touches the schema alone. Whatever an older schema wrote still fits afterwards. Invariant: field ids come after the
+//! table's last one and are never used again; partitioning, sort order, identifier fields and everything that others have
+//! added stay.
 
 use std::fmt;
 use std::sync::Arc;
 
 use iceberg::arrow::type_to_arrow_type;
-use iceberg::spec::{ListType, MapType, NestedField, NestedFieldRef, PrimitiveType, Schema, StructType, Type};
+use iceberg::spec::{
+    ListType, MapType, NestedField, NestedFieldRef, PrimitiveType, Schema, SchemaRef, StructType, TableMetadata, Type,
+};
 
 use super::catalog::{LoadedTable, TableChange, TableName};
 
@@ -85,6 +88,15 @@ pub fn plan(table: &Schema, last_column_id: i32, wanted: &Schema) -> Evolution {
 /// The schema, and nothing else, is new.
 pub fn apply(table: &TableName, loaded: &LoadedTable, schema: Schema) -> iceberg::Result<TableChange> {
     TableChange::new(table, loaded, |builder| builder.add_current_schema(schema))
+}
+
+/// The table's own schema that is the same as this one, whatever its number; none: it has yet to get it.
+pub fn same_schema<'a>(metadata: &'a TableMetadata, schema: &Schema) -> Option<&'a SchemaRef> {
+    let is_it = |known: &&SchemaRef| {
+        known.as_struct() == schema.as_struct() && known.identifier_field_ids().eq(schema.identifier_field_ids())
+    };
+    let numbered_alike = metadata.schema_by_id(schema.schema_id()).filter(is_it);
+    numbered_alike.or_else(|| metadata.schemas_iter().find(is_it))
 }
 
 /// A name of which another one differs in case only: most engines could tell neither from the other.

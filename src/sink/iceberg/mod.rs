@@ -38,13 +38,14 @@ use std::sync::{Arc, Mutex};
 use arrow::datatypes::SchemaRef;
 use futures::future::try_join_all;
 use iceberg::io::FileIO;
-use iceberg::spec::TableMetadata;
+use iceberg::spec::{Schema, TableMetadata};
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use self::catalog::{Catalog, LoadedTable, TableName};
 use self::commit::Carrier;
 use self::files::FileLayout;
+use self::plan::Opened;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
 use crate::config::CatalogConfig;
@@ -122,11 +123,44 @@ struct Inner {
 struct BoundTable {
     name: TableName,
     files: Arc<FileLayout>,
+    /// Where the files need columns that the table did not have when it was opened: its columns then.
+    evolves: Option<Columns>,
+}
+
+/// What tells whether a table's columns have changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Columns {
+    schema_id: i32,
+    last_column_id: i32,
+}
+
+impl Columns {
+    fn of(metadata: &TableMetadata) -> Columns {
+        Columns { schema_id: metadata.current_schema_id(), last_column_id: metadata.last_column_id() }
+    }
+}
+
+impl BoundTable {
+    /// The schema that the table has to get together with the files; none: it has it.
+    fn evolution(&self, metadata: &TableMetadata) -> Result<Option<Schema>, Error> {
+        let Some(columns) = self.evolves else { return Ok(None) };
+        if evolution::same_schema(metadata, &self.files.schema).is_some() {
+            return Ok(None);
+        }
+        if columns != Columns::of(metadata) {
+            return Err(Error::transient(format!(
+                "the columns of table {} were changed by another writer after it was opened: what was written for it has to be \
+                 written anew",
+                self.name
+            )));
+        }
+        Ok(Some(self.files.schema.as_ref().clone()))
+    }
 }
 
 impl IcebergSink {
-    /// Loads every table, creates or evolves it where that is needed. Fatal, and nothing is changed anywhere, when a table
-    /// cannot be made to fit its spec.
+    /// Loads every table, creates it where there is none; one that lacks columns gets them with its first commit. Fatal, and
+    /// nothing is changed anywhere, when a table cannot be made to fit its spec.
     pub async fn open(
         catalog: &CatalogConfig,
         query_id: Uuid,
@@ -157,7 +191,7 @@ impl IcebergSink {
             .await?
             .into_iter()
             .zip(specs)
-            .map(|((name, loaded), spec)| bind(name, spec, &loaded.metadata, &file_io))
+            .map(|(opened, spec)| bind(opened, spec, &file_io))
             .collect::<Result<_, _>>()?;
         let runtime = Handle::current();
         let marker_property = marker_property(query_id);
@@ -174,7 +208,7 @@ impl IcebergSink {
         })))
     }
 
-    /// What [`IcebergSink::open`] would do to every table, found out without a change to anything.
+    /// What a run would do to every table, found out without a change to anything.
     pub async fn plan(catalog: &CatalogConfig, specs: &[TableSpec]) -> Result<Vec<TablePlan>, Error> {
         let catalog = open_read_only(catalog, &TableStorage::default()).await?;
         let planned = plan::plan(catalog.as_deref(), specs).await?;
@@ -300,7 +334,10 @@ fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
     markers.into_iter().collect()
 }
 
-fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &FileIO) -> Result<BoundTable, Error> {
+fn bind(opened: Opened, spec: &TableSpec, file_io: &FileIO) -> Result<BoundTable, Error> {
+    let Opened { name, metadata, evolved } = opened;
+    let evolves = evolved.is_some().then(|| Columns::of(&metadata));
+    let metadata = evolved.as_ref().unwrap_or(&metadata);
     if !layout::is_partitioned_as(spec, metadata) {
         tracing::warn!(table = %name, configured = ?spec.partition_by, "the existing table is partitioned differently; keeping its partitioning");
     }
@@ -309,5 +346,5 @@ fn bind(name: TableName, spec: &TableSpec, metadata: &TableMetadata, file_io: &F
         tracing::warn!(table = %name, properties = ignored.join(", "), "table properties that floe does not heed when it writes files");
     }
     let files = FileLayout::of(&name, metadata, file_io)?;
-    Ok(BoundTable { name, files: Arc::new(files) })
+    Ok(BoundTable { name, files: Arc::new(files), evolves })
 }

@@ -1,19 +1,20 @@
 //! What becomes of the tables at a start: one plan, shown by `floe check` and carried out by `floe run`.
 //!
-//! Invariants: nothing is created or changed before every table is known to fit; a plan that a competing writer has
-//! overtaken is made anew, never forced; carrying it out again changes nothing.
+//! Invariants: nothing is created before every table is known to fit; a table that is there is not changed, only the schema
+//! is settled that the first commit gives it; carrying a plan out again changes nothing.
 
 use std::fmt;
-use std::time::Duration;
+use std::sync::Arc;
 
-use super::catalog::{Catalog, CommitError, LoadedTable, TableChange, TableName};
+use iceberg::spec::TableMetadata;
+
+use super::catalog::{Catalog, LoadedTable, TableName};
 use super::evolution::{self, Change, Evolution};
 use super::{TableSpec, layout};
-use crate::retry::{Strategy, random};
 use crate::sink::Error;
 
-const ATTEMPTS: u32 = 20;
-const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis(20), max: Duration::from_secs(2) };
+/// Someone else may create tables at the same time, in another form: so often they are looked at again.
+const ATTEMPTS: u32 = 5;
 
 /// What a start does to one table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +49,15 @@ pub struct Planned {
     pub plan: TablePlan,
     name: TableName,
     loaded: Option<LoadedTable>,
-    evolved: Option<TableChange>,
+    evolved: Option<TableMetadata>,
+}
+
+/// A table that fits, or will with its first commit.
+pub struct Opened {
+    pub name: TableName,
+    pub metadata: Arc<TableMetadata>,
+    /// As it is to be, where that is not what it is.
+    pub evolved: Option<TableMetadata>,
 }
 
 /// Without a catalog there are no tables yet.
@@ -74,7 +83,7 @@ pub async fn plan(catalog: Option<&dyn Catalog>, specs: &[TableSpec]) -> Result<
                 Evolution::Refuse(why) => TableStep::Refuse(refusal(&name, &why)),
                 Evolution::Evolve { changes, schema } => match evolution::apply(&name, loaded, *schema) {
                     Ok(change) => {
-                        evolved = Some(change);
+                        evolved = Some(change.metadata);
                         TableStep::Evolve(changes)
                     }
                     // Such as a new column with the name of a partition field.
@@ -93,14 +102,9 @@ fn refusal(table: &TableName, why: &str) -> String {
     )
 }
 
-/// Every table as it has to be, in the order of the specs.
-pub async fn carry_out(
-    catalog: &dyn Catalog,
-    pipeline: &str,
-    specs: &[TableSpec],
-) -> Result<Vec<(TableName, LoadedTable)>, Error> {
-    let mut overtaken = String::new();
-    for attempt in 0..ATTEMPTS {
+/// Every table, in the order of the specs; those that are missing are created.
+pub async fn carry_out(catalog: &dyn Catalog, pipeline: &str, specs: &[TableSpec]) -> Result<Vec<Opened>, Error> {
+    for _ in 0..ATTEMPTS {
         let planned = plan(Some(catalog), specs).await?;
         let refused: Vec<&str> = planned
             .iter()
@@ -110,36 +114,27 @@ pub async fn carry_out(
             return Err(Error::fatal(format!("{}\nnothing was read, and no table was changed", refused.join("\n"))));
         }
         let missing: Vec<_> = planned.iter().zip(specs).filter(|(p, _)| p.loaded.is_none()).collect();
-        if !missing.is_empty() {
-            for (Planned { name, .. }, spec) in missing {
-                let created = catalog.create(name, layout::creation(spec)?).await?;
-                tracing::info!(table = %name, pipeline, location = created.metadata.location(), "created table");
-            }
-            // Someone else may have created one of them in another form: look again.
-            continue;
+        if missing.is_empty() {
+            return Ok(planned.into_iter().filter_map(Planned::opened).collect());
         }
-        if planned.iter().all(|p| p.evolved.is_none()) {
-            return Ok(planned.into_iter().filter_map(|p| Some((p.name, p.loaded?))).collect());
-        }
-        let (plans, changes): (Vec<_>, Vec<_>) = planned.into_iter().filter_map(|p| Some((p.plan, p.evolved?))).unzip();
-        let together = if catalog.commits_together() { changes.len() } else { 1 };
-        for (plans, changes) in plans.chunks(together).zip(changes.chunks(together)) {
-            match catalog.commit(changes).await {
-                Ok(()) => {
-                    for plan in plans {
-                        if let TableStep::Evolve(changes) = &plan.step {
-                            tracing::info!(table = plan.table, changes = evolution::listed(changes), "evolved table");
-                        }
-                    }
-                }
-                Err(CommitError::Conflict(message)) => {
-                    overtaken = message;
-                    tokio::time::sleep(BACKOFF.delay(attempt, random())).await;
-                    break;
-                }
-                Err(CommitError::Failed(error)) => return Err(error),
-            }
+        for (Planned { name, .. }, spec) in missing {
+            let created = catalog.create(name, layout::creation(spec)?).await?;
+            tracing::info!(table = %name, pipeline, location = created.metadata.location(), "created table");
         }
     }
-    Err(Error::transient(format!("the tables could not be made to fit in {ATTEMPTS} attempts: {overtaken}")))
+    Err(Error::transient("the tables are dropped as soon as they are created: another process may be at work on them"))
+}
+
+impl Planned {
+    fn opened(self) -> Option<Opened> {
+        let Planned { plan, name, loaded, evolved } = self;
+        if let TableStep::Evolve(changes) = &plan.step {
+            tracing::info!(
+                table = plan.table,
+                changes = evolution::listed(changes),
+                "the next commit evolves the table"
+            );
+        }
+        Some(Opened { name, metadata: loaded?.metadata, evolved })
+    }
 }

@@ -257,13 +257,18 @@ impl IcebergSink {
         let bound = &self.0.tables[table];
         let failed = |e| iceberg_error("append to", &bound.name, e);
         let properties: HashMap<String, String> = summary.clone().into_iter().collect();
-        let metadata = &base.loaded.metadata;
+        let evolution = bound.evolution(&base.loaded.metadata)?;
         let mut written = Vec::new();
-        let snapshot = self.0.append(bound, metadata, files, properties, &mut written).await.map_err(failed)?;
+        let appended = self.0.append(bound, &base.loaded, evolution.as_ref(), files, properties, &mut written).await;
+        let snapshot = appended.map_err(failed)?;
         let snapshot_id = snapshot.snapshot_id();
-        let change =
-            TableChange::new(&bound.name, &base.loaded, |builder| builder.set_branch_snapshot(snapshot, MAIN_BRANCH))
-                .map_err(failed)?;
+        let change = TableChange::new(&bound.name, &base.loaded, |mut builder| {
+            if let Some(schema) = evolution {
+                builder = builder.add_current_schema(schema)?;
+            }
+            builder.set_branch_snapshot(snapshot, MAIN_BRANCH)
+        });
+        let change = change.map_err(failed)?;
         match self.0.catalog.commit(&[change]).await {
             Ok(()) => Ok(Append::Done { snapshot: snapshot_id }),
             Err(CommitError::Conflict(_)) => {
