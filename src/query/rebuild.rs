@@ -86,11 +86,10 @@ impl fmt::Display for Rebuilt {
     }
 }
 
-/// A table of the pipeline as it is now.
-struct Found {
-    table: PinnedTable,
-    marker: Marker,
-}
+/// The tables of the pipeline that there are, by name, as they were when they were looked at.
+pub(super) type Tables = BTreeMap<String, PinnedTable>;
+/// What those say that have something of the query.
+type Markers = BTreeMap<String, Marker>;
 
 /// Rebuilds the checkpoint of a pipeline from its tables, and from Kafka where windows that were open can be had only there.
 /// Windows that cannot be had at all are a reason to refuse, or left out with `drop_open_windows`.
@@ -98,23 +97,19 @@ pub async fn rebuild(config: &Config, drop_open_windows: bool) -> Result<Rebuilt
     let pipeline = Pipeline::compile(config).map_err(|problems| Error::Compile(problems.join("\n")))?;
     let pipeline = Arc::new(pipeline);
     let location = crate::storage::open(&config.checkpoint_location)?;
-    let (query_id, found) = find(config, &pipeline).await?;
+    let tables = open(config, &pipeline).await?;
+    let (query_id, mut markers) = find(config, &pipeline, &tables)?;
     let checkpoint = Checkpoint::rebuild(location, &config.name, query_id).await?;
 
-    let newest = found.values().map(|f| f.marker.batch).max().unwrap_or_default();
-    let (last, last_plan) = progress_of(&checkpoint, query_id, &found, newest)?
-        .ok_or_else(|| refused(format!("no table says how far batch {newest} was")))?;
-    check_tables(config, &pipeline, query_id, &found, &last_plan).await?;
-    let of_plan = |name: &str| last_plan.plan.tables.contains_key(name);
-    let partly = last_plan.plan.tables.keys().any(|name| found.get(name).is_none_or(|f| f.marker.batch != newest));
+    let newest = markers.values().map(|marker| marker.batch).max().unwrap_or_default();
+    let (last, last_plan) = progress_of(&checkpoint, query_id, &tables, &markers, newest)?;
+    check_tables(config, &pipeline, query_id, &tables, &markers, &last_plan)?;
+    markers.retain(|name, _| last_plan.plan.tables.contains_key(name));
+    let partly = last_plan.plan.tables.keys().any(|name| markers.get(name).is_none_or(|m| m.batch != newest));
     let base = match (partly, newest.checked_sub(1)) {
         (false, _) => Some((last, last_plan.clone())),
         (true, None) => None,
-        (true, Some(before)) => {
-            let behind: BTreeMap<String, Found> = found.into_iter().filter(|(name, _)| of_plan(name)).collect();
-            let base = progress_of(&checkpoint, query_id, &behind, before)?;
-            Some(base.ok_or_else(|| refused(format!("no table says how far batch {before} was")))?)
-        }
+        (true, Some(before)) => Some(progress_of(&checkpoint, query_id, &tables, &markers, before)?),
     };
 
     let mut rebuilt = Rebuilt {
@@ -133,6 +128,7 @@ pub async fn rebuild(config: &Config, drop_open_windows: bool) -> Result<Rebuilt
                 pipeline: &pipeline,
                 checkpoint: &checkpoint,
                 query_id,
+                tables: &tables,
                 logged: &logged,
                 progress: &progress,
                 drop_open_windows,
@@ -142,11 +138,8 @@ pub async fn rebuild(config: &Config, drop_open_windows: bool) -> Result<Rebuilt
             state = open.files;
             reread = Some(Reread::after(progress.reread_from, &logged.plan, progress.event_times.latest_ms()));
         }
-        let mut snapshots = BTreeMap::new();
-        for name in logged.plan.tables.keys() {
-            let table = PinnedTable::open(&config.catalog, name).await?;
-            snapshots.insert(name.clone(), table.and_then(|t| t.snapshot_of(query_id, logged.plan.batch)));
-        }
+        let snapshot_of = |name: &String| tables.get(name)?.snapshot_of(query_id, logged.plan.batch);
+        let snapshots = logged.plan.tables.keys().map(|name| (name.clone(), snapshot_of(name))).collect();
         checkpoint.restore_plan(&logged).await?;
         let queries = pipeline.queries.iter().map(|q| (q.table(), q.state_definition()));
         let entry = CommitEntry {
@@ -178,12 +171,22 @@ pub(super) fn refused(problem: impl Into<String>) -> Error {
     Error::NotRebuilt(problem.into())
 }
 
-/// The one query of this pipeline that has written to its tables, and what it has left there.
-async fn find(config: &Config, pipeline: &Pipeline) -> Result<(Uuid, BTreeMap<String, Found>), Error> {
-    let mut queries: BTreeMap<Uuid, BTreeMap<String, Found>> = BTreeMap::new();
+async fn open(config: &Config, pipeline: &Pipeline) -> Result<Tables, Error> {
+    let mut tables = Tables::new();
+    for spec in &pipeline.tables {
+        if let Some(table) = PinnedTable::open(&config.catalog, &spec.name).await? {
+            tables.insert(spec.name.clone(), table);
+        }
+    }
+    Ok(tables)
+}
+
+/// The one query of this pipeline that has written to its tables.
+fn find(config: &Config, pipeline: &Pipeline, tables: &Tables) -> Result<(Uuid, Markers), Error> {
+    let mut queries: BTreeMap<Uuid, Markers> = BTreeMap::new();
     let mut seen = String::new();
     for spec in &pipeline.tables {
-        let Some(table) = PinnedTable::open(&config.catalog, &spec.name).await? else {
+        let Some(table) = tables.get(&spec.name) else {
             seen.push_str(&format!("\n  {}: there is no such table", spec.name));
             continue;
         };
@@ -195,8 +198,7 @@ async fn find(config: &Config, pipeline: &Pipeline) -> Result<(Uuid, BTreeMap<St
             let Marker { pipeline, batch, .. } = &marker;
             seen.push_str(&format!("\n  {}: batch {batch} of pipeline {pipeline}, query {id}", spec.name));
             if *pipeline == config.name {
-                let found = Found { table: table.clone(), marker };
-                queries.entry(id).or_default().insert(spec.name.clone(), found);
+                queries.entry(id).or_default().insert(spec.name.clone(), marker);
             }
         }
     }
@@ -220,12 +222,13 @@ async fn find(config: &Config, pipeline: &Pipeline) -> Result<(Uuid, BTreeMap<St
 fn progress_of(
     checkpoint: &Checkpoint,
     query_id: Uuid,
-    found: &BTreeMap<String, Found>,
+    tables: &Tables,
+    markers: &Markers,
     batch: BatchId,
-) -> Result<Option<(Progress, LoggedPlan)>, Error> {
+) -> Result<(Progress, LoggedPlan), Error> {
     let mut said: Option<(&str, &Marker, Progress, LoggedPlan)> = None;
-    for (name, Found { table, marker }) in found.iter().filter(|(_, f)| f.marker.batch == batch) {
-        let Some(json) = table.property(query_id, &property(query_id)) else {
+    for (name, marker) in markers.iter().filter(|(_, marker)| marker.batch == batch) {
+        let Some(json) = tables.get(name).and_then(|table| table.property(query_id, &property(query_id))) else {
             return Err(refused(format!(
                 "table {name} has batch {batch}, but no property {}: it was written by a version of Floe that did not keep \
                  there what a checkpoint is rebuilt from",
@@ -248,15 +251,17 @@ fn progress_of(
             None => said = Some((name, marker, progress, logged)),
         }
     }
-    Ok(said.map(|(_, _, progress, logged)| (progress, logged)))
+    let (_, _, progress, logged) = said.ok_or_else(|| refused(format!("no table says how far batch {batch} was")))?;
+    Ok((progress, logged))
 }
 
 /// Every table of the last batch has to be there, be the same one, and have that batch or the one before it.
-async fn check_tables(
+fn check_tables(
     config: &Config,
     pipeline: &Pipeline,
     query_id: Uuid,
-    found: &BTreeMap<String, Found>,
+    tables: &Tables,
+    markers: &Markers,
     last: &LoggedPlan,
 ) -> Result<(), Error> {
     let newest = last.plan.batch;
@@ -267,13 +272,13 @@ async fn check_tables(
                  batch, change it afterwards"
             )));
         }
-        let Some(table) = PinnedTable::open(&config.catalog, name).await? else {
+        let Some(table) = tables.get(name) else {
             return Err(refused(format!("table {name}, which batch {newest} was planned for, is gone")));
         };
         if table.uuid() != *then {
             return Err(Error::TableRecreated { table: name.clone(), then: *then, now: table.uuid(), batch: newest });
         }
-        let has = found.get(name).map(|f| f.marker.batch);
+        let has = markers.get(name).map(|marker| marker.batch);
         if has.map_or(newest > 0, |has| has + 1 < newest) {
             let has = has.map_or("no batch".to_string(), |batch| format!("batch {batch}"));
             return Err(refused(format!(
@@ -282,7 +287,7 @@ async fn check_tables(
             )));
         }
     }
-    let executed_with = found.values().find(|f| f.marker.batch == newest).and_then(|f| f.marker.plan.split_once('+'));
+    let executed_with = markers.values().find(|m| m.batch == newest).and_then(|m| m.plan.split_once('+'));
     let fingerprint = executed_with.map_or(last.plan.config_fingerprint.as_str(), |(_, fingerprint)| fingerprint);
     if fingerprint != config.fingerprint {
         return Err(refused(format!(

@@ -1,7 +1,7 @@
 //! Step 5 of the protocol: all tables of a batch, together, once.
 //!
-//! Owns: the marker (which batch a table has), the snapshot that makes files visible, retries after conflicts. Does not
-//! own: atomicity over tables (the catalog's). Invariants: every attempt looks at the tables as they are now before it
+//! Owns: the snapshot that makes files visible, retries after conflicts. Does not own: what a marker is ([`super::marker`]),
+//! atomicity over tables (the catalog's). Invariants: every attempt looks at the tables as they are now before it
 //! changes them; the marker and the files of a batch appear in one and the same metadata; what others have written to
 //! the table meanwhile is kept.
 
@@ -13,16 +13,16 @@ use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
 use iceberg::io::FileIO;
 use iceberg::spec::{
-    DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestListWriter, ManifestWriterBuilder, Operation,
-    Schema, Snapshot, SnapshotRef, SnapshotReference, SnapshotRetention, SnapshotSummaryCollector, Summary,
-    TableMetadata,
+    DataFile, MAIN_BRANCH, Manifest, ManifestFile, ManifestList, ManifestWriterBuilder, Operation, Schema, Snapshot,
+    SnapshotRef, SnapshotReference, SnapshotRetention, SnapshotSummaryCollector, TableMetadata,
 };
 use object_store::ObjectStoreExt;
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
 use super::manifests::Merge;
+use super::marker::{Carrier, Marker, carried, marker_tag, snapshot_of};
+use super::snapshot::{NextSnapshot, manifest_list, new_snapshot_id};
 use super::{BoundTable, Inner, evolution, files, probe};
 use crate::batch::BatchId;
 use crate::retry::{Strategy, random};
@@ -30,51 +30,6 @@ use crate::sink::Error;
 
 const ATTEMPTS: u32 = 20;
 const BACKOFF: Strategy = Strategy::Exponential { initial: Duration::from_millis(20), max: Duration::from_secs(2) };
-
-/// Which batch of a query a table has: the JSON value of the table property `floe.<query-id>`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Marker {
-    pub pipeline: String,
-    pub batch: BatchId,
-    /// `sha256:<hex>` of the plan as logged; with `+<fingerprint>` where the batch was executed with another configuration
-    /// than it was planned with.
-    pub plan: String,
-}
-
-/// What holds the marker of a table, and whatever else a batch sets: properties, because they outlive snapshot expiry,
-/// compaction by others and rollbacks. Where the catalog takes none, a tag of the marker's name with a dash on the last
-/// snapshot, whose summary has what the properties would have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Carrier {
-    Property,
-    Tag,
-}
-
-impl Carrier {
-    pub(super) fn property<'a>(self, metadata: &'a TableMetadata, query_id: Uuid, name: &str) -> Option<&'a str> {
-        let found = match self {
-            Carrier::Property => metadata.properties().get(name),
-            Carrier::Tag => {
-                let tagged = metadata.snapshot_for_ref(&marker_tag(query_id));
-                tagged.and_then(|snapshot| snapshot.summary().additional_properties.get(name))
-            }
-        };
-        found.map(String::as_str)
-    }
-}
-
-pub fn marker_property(query_id: Uuid) -> String {
-    format!("floe.{query_id}")
-}
-
-pub fn marker_tag(query_id: Uuid) -> String {
-    format!("floe-{query_id}")
-}
-
-/// Whether [`marker_tag`] makes this name, of any query.
-pub(super) fn is_marker_tag(name: &str) -> bool {
-    name.strip_prefix("floe-").is_some_and(|id| Uuid::parse_str(id).is_ok())
-}
 
 #[derive(Clone, Debug)]
 pub struct BatchCommit {
@@ -423,46 +378,6 @@ impl Inner {
     }
 }
 
-/// The last batch of a query that the table has, and what says so. A marker that cannot be read must not pass for a table
-/// without one.
-pub(super) fn carried(
-    table: &TableName,
-    metadata: &TableMetadata,
-    query_id: Uuid,
-) -> Result<Option<(Carrier, Marker)>, Error> {
-    let mut newest: Option<(Carrier, Marker)> = None;
-    for carrier in [Carrier::Property, Carrier::Tag] {
-        let property = marker_property(query_id);
-        let Some(json) = carrier.property(metadata, query_id, &property) else { continue };
-        let marker: Marker = serde_json::from_str(json).map_err(|e| {
-            Error::fatal(format!("table {table}: {property} does not say which batch it has ({e}): {json}"))
-        })?;
-        if newest.as_ref().is_none_or(|(_, newest)| newest.batch < marker.batch) {
-            newest = Some((carrier, marker));
-        }
-    }
-    Ok(newest)
-}
-
-/// The snapshot that a batch has added, of the query whose marker is the property.
-pub(super) fn snapshot_of<'a>(metadata: &'a TableMetadata, property: &str, batch: BatchId) -> Option<&'a SnapshotRef> {
-    let is_it = |snapshot: &&SnapshotRef| {
-        let json = snapshot.summary().additional_properties.get(property);
-        json.and_then(|json| serde_json::from_str::<Marker>(json).ok()).is_some_and(|marker| marker.batch == batch)
-    };
-    // Nearly always it is the newest one.
-    metadata.current_snapshot().filter(is_it).or_else(|| metadata.snapshots().find(is_it))
-}
-
-pub(super) async fn manifest_list(
-    file_io: &FileIO,
-    metadata: &TableMetadata,
-    snapshot: &Snapshot,
-) -> iceberg::Result<ManifestList> {
-    let bytes = file_io.new_input(snapshot.manifest_list())?.read().await?;
-    ManifestList::parse_with_version(&bytes, metadata.format_version())
-}
-
 /// Not with `gc.enabled = false`: another table may use the same files, or the catalog keep a history that the table does
 /// not show.
 pub(super) fn may_delete_files(metadata: &TableMetadata) -> bool {
@@ -504,113 +419,10 @@ pub(super) async fn delete_all(file_io: &FileIO, locations: Vec<String>) -> u64 
     gone.into_iter().sum()
 }
 
-/// A snapshot about to be made on top of the current one.
-pub(super) struct NextSnapshot {
-    pub snapshot_id: i64,
-    pub attempt: Uuid,
-    pub operation: Operation,
-    pub schema_id: i32,
-    /// What was added and removed, and whatever else the summary says.
-    pub properties: HashMap<String, String>,
-}
-
-impl NextSnapshot {
-    /// Writes the manifest list.
-    pub async fn write(
-        self,
-        file_io: &FileIO,
-        metadata: &TableMetadata,
-        manifests: Vec<ManifestFile>,
-        written: &mut Vec<String>,
-    ) -> iceberg::Result<Snapshot> {
-        let NextSnapshot { snapshot_id, attempt, operation, schema_id, properties } = self;
-        let parent = metadata.current_snapshot();
-        let folder = format!("{}/metadata", metadata.location().trim_end_matches('/'));
-        let list_path = format!("{folder}/snap-{snapshot_id}-0-{attempt}.avro");
-        written.push(list_path.clone());
-        let sequence_number = metadata.next_sequence_number();
-        let writer = file_io.new_output(&list_path)?.writer().await?;
-        let mut list = ManifestListWriter::v2(writer, snapshot_id, parent.map(|p| p.snapshot_id()), sequence_number);
-        list.add_manifests(manifests.into_iter())?;
-        list.close().await?;
-        let additional_properties = summary(properties, parent.map(|p| &p.summary().additional_properties));
-        // Snapshots of one table are ordered in time, also when clocks are not.
-        let timestamp_ms = chrono::Utc::now().timestamp_millis().max(metadata.last_updated_ms());
-        Ok(Snapshot::builder()
-            .with_snapshot_id(snapshot_id)
-            .with_parent_snapshot_id(parent.map(|p| p.snapshot_id()))
-            .with_sequence_number(sequence_number)
-            .with_timestamp_ms(timestamp_ms)
-            .with_manifest_list(list_path)
-            .with_summary(Summary { operation, additional_properties })
-            .with_schema_id(schema_id)
-            .build())
-    }
-}
-
 struct Staged {
     /// In the order of the specs.
     index: usize,
     change: TableChange,
     /// Manifests and manifest list that were written for it.
     manifests: Vec<String>,
-}
-
-/// The snapshot summary: `properties`, with what was added and removed among them, and the running totals that readers and
-/// planners go by. A total that the parent does not know stays unknown.
-fn summary(properties: HashMap<String, String>, parent: Option<&HashMap<String, String>>) -> HashMap<String, String> {
-    const TOTALS: [(&str, &str, &str); 6] = [
-        ("total-data-files", "added-data-files", "deleted-data-files"),
-        ("total-records", "added-records", "deleted-records"),
-        ("total-files-size", "added-files-size", "removed-files-size"),
-        ("total-delete-files", "added-delete-files", "removed-delete-files"),
-        ("total-position-deletes", "added-position-deletes", "removed-position-deletes"),
-        ("total-equality-deletes", "added-equality-deletes", "removed-equality-deletes"),
-    ];
-    let mut summary = properties;
-    for (total, added, removed) in TOTALS {
-        let before = match parent {
-            None => Some(0),
-            Some(parent) => parent.get(total).and_then(|n| n.parse::<u64>().ok()),
-        };
-        if let Some(before) = before {
-            let number = |key| summary.get(key).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-            let after = (before + number(added)).saturating_sub(number(removed));
-            summary.insert(total.to_string(), after.to_string());
-        }
-    }
-    summary
-}
-
-pub(super) fn new_snapshot_id(metadata: &TableMetadata) -> i64 {
-    loop {
-        let (high, low) = Uuid::new_v4().as_u64_pair();
-        let id = i64::try_from((high ^ low) >> 1).unwrap_or(i64::MAX);
-        if metadata.snapshot_by_id(id).is_none() {
-            return id;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn totals_run_on_and_unknown_ones_stay_unknown() {
-        let map = |pairs: &[(&str, &str)]| -> HashMap<String, String> {
-            pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
-        };
-        let added = map(&[("added-records", "5"), ("added-data-files", "1")]);
-        let mut of_a_batch = added.clone();
-        of_a_batch.insert("floe.offsets".into(), "{}".into());
-        let first = summary(of_a_batch, None);
-        assert_eq!((first["total-records"].as_str(), first["total-delete-files"].as_str()), ("5", "0"));
-        let parent = map(&[("total-records", "7")]);
-        let next = summary(added, Some(&parent));
-        assert_eq!(next["total-records"], "12");
-        let replaced = map(&[("added-records", "5"), ("deleted-records", "6")]);
-        assert_eq!(summary(replaced, Some(&parent))["total-records"], "6");
-        assert!(!next.contains_key("total-data-files"));
-    }
 }

@@ -15,12 +15,14 @@ mod files;
 mod layout;
 mod maintenance;
 mod manifests;
+mod marker;
 mod metadata;
 mod order;
 mod plan;
 mod probe;
 mod read;
 mod rest;
+mod snapshot;
 mod sqlite;
 mod storage;
 #[cfg(test)]
@@ -43,18 +45,19 @@ use tokio::runtime::Handle;
 use uuid::Uuid;
 
 use self::catalog::{Catalog, LoadedTable, TableName};
-use self::commit::Carrier;
 use self::files::FileLayout;
+use self::marker::{Carrier, carried, markers};
 use self::plan::Opened;
 use self::storage::TableStorage;
 use crate::batch::BatchId;
 use crate::config::CatalogConfig;
 use crate::sink::Error;
 
-pub use self::commit::{BatchCommit, Committed, Marker, marker_property};
+pub use self::commit::{BatchCommit, Committed};
 pub use self::evolution::Change;
 pub use self::files::TableWriter;
 pub use self::maintenance::{Maintainer, Round, TableReport};
+pub use self::marker::{Marker, marker_property};
 pub use self::plan::{TablePlan, TableStep};
 pub use self::probe::{Probed, probe};
 pub use self::read::{Append, PinnedTable, Rows};
@@ -96,7 +99,7 @@ impl TableInfo {
             name: name.to_string(),
             uuid: metadata.uuid(),
             location: metadata.location().to_string(),
-            marker: commit::carried(name, metadata, query_id)?.map(|(_, marker)| marker),
+            marker: carried(name, metadata, query_id)?.map(|(_, marker)| marker),
             others,
         })
     }
@@ -313,25 +316,6 @@ async fn found(catalog: Option<&dyn Catalog>, query_id: Uuid, specs: &[TableSpec
         found.push(TableInfo::of(&name, &metadata, query_id)?);
     }
     Ok(found)
-}
-
-/// Every query's marker, by property or by tag.
-fn markers(metadata: &TableMetadata) -> Vec<(Uuid, Marker)> {
-    let marker = |(key, json): (&String, &String)| {
-        let id = Uuid::parse_str(key.strip_prefix("floe.")?).ok()?;
-        Some((id, serde_json::from_str(json).ok()?))
-    };
-    let mut markers: BTreeMap<Uuid, Marker> = metadata.properties().iter().filter_map(marker).collect();
-    for snapshot in metadata.snapshots() {
-        for (id, marker) in snapshot.summary().additional_properties.iter().filter_map(marker) {
-            let tagged = metadata.snapshot_for_ref(&commit::marker_tag(id));
-            let newer = markers.get(&id).is_none_or(|known| known.batch < marker.batch);
-            if newer && tagged.is_some_and(|tagged| tagged.snapshot_id() == snapshot.snapshot_id()) {
-                markers.insert(id, marker);
-            }
-        }
-    }
-    markers.into_iter().collect()
 }
 
 fn bind(opened: Opened, spec: &TableSpec, file_io: &FileIO) -> Result<BoundTable, Error> {

@@ -20,7 +20,8 @@ use iceberg::{NamespaceIdent, Runtime, TableIdent};
 use uuid::Uuid;
 
 use super::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
-use super::commit::{carried, holds_any, may_delete_files};
+use super::commit::{holds_any, may_delete_files};
+use super::marker::{carried, markers, snapshot_of};
 use super::storage::TableStorage;
 use super::{IcebergSink, Marker, open_read_only};
 use crate::batch::BatchId;
@@ -75,13 +76,13 @@ impl PinnedTable {
 
     /// The queries that have written to the table, each with the last batch that the table has of it.
     pub fn markers(&self) -> Vec<(Uuid, Marker)> {
-        super::markers(&self.loaded.metadata)
+        markers(&self.loaded.metadata)
     }
 
     /// The snapshot that holds a batch's rows; none where it had none or the snapshot has expired.
     pub fn snapshot_of(&self, query_id: Uuid, batch: BatchId) -> Option<i64> {
         let property = super::marker_property(query_id);
-        super::commit::snapshot_of(&self.loaded.metadata, &property, batch).map(|s| s.snapshot_id())
+        snapshot_of(&self.loaded.metadata, &property, batch).map(|s| s.snapshot_id())
     }
 
     /// The newest value of an entry in the summaries of the snapshots that led to the table as it is.

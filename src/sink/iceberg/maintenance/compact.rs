@@ -21,11 +21,10 @@ use super::{Maintainer, Round, SUMMARY_PROPERTY, TableReport, rewrite};
 use crate::retry::random;
 use crate::sink::Error;
 use crate::sink::iceberg::catalog::{CommitError, LoadedTable, TableChange, TableName, iceberg_error};
-use crate::sink::iceberg::commit::{
-    NextSnapshot, delete_all, holds_any, manifest_list, may_delete_files, new_snapshot_id,
-};
+use crate::sink::iceberg::commit::{delete_all, holds_any, may_delete_files};
 use crate::sink::iceberg::files::FileLayout;
 use crate::sink::iceberg::manifests::{Merge, Policy};
+use crate::sink::iceberg::snapshot::{NextSnapshot, manifest_list, new_snapshot_id};
 
 /// Rows of a sorted table are merged from all files of a group at once, so their size bounds the memory that takes.
 const MAX_SORTED_BYTES: u64 = 256 << 20;

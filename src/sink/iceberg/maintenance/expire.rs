@@ -17,7 +17,8 @@ use crate::failpoint;
 use crate::retry::{Strategy, random};
 use crate::sink::Error;
 use crate::sink::iceberg::catalog::{CommitError, TableChange, TableName, iceberg_error};
-use crate::sink::iceberg::commit::{Marker, delete_all, is_marker_tag, may_delete_files, snapshot_of};
+use crate::sink::iceberg::commit::{delete_all, may_delete_files};
+use crate::sink::iceberg::marker::{Marker, is_marker_tag, snapshot_of};
 
 pub(super) const ATTEMPTS: u32 = 10;
 pub(super) const BACKOFF: Strategy =

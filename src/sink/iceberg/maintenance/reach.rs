@@ -12,7 +12,7 @@ use iceberg::io::FileIO;
 use iceberg::spec::{Manifest, ManifestFile, ManifestList, Snapshot, TableMetadata};
 
 use super::Round;
-use crate::sink::iceberg::commit::manifest_list;
+use crate::sink::iceberg::snapshot::manifest_list;
 
 const CONCURRENT_READS: usize = 4;
 

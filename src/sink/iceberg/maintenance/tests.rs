@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::sink::iceberg::catalog::{CommitError, TableChange};
-use crate::sink::iceberg::commit::manifest_list;
+use crate::sink::iceberg::snapshot::manifest_list;
 use crate::sink::iceberg::tests::{Fixture, batch_commit, events, metadata, offsets, spec, write};
 use crate::sink::iceberg::{IcebergSink, TableSpec};
 

@@ -12,41 +12,31 @@
 //! rows but was never in a window: the dead letters tell. Of sessions this does not hold: a row that came after its
 //! session was closed began another one, so that batches matter, and nobody remembers their bounds.
 
+mod kafka;
+mod rows;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-use arrow::array::{AsArray, BooleanArray, RecordBatch};
-use arrow::compute::{cast, filter_record_batch};
-use arrow::datatypes::{DataType, Int32Type, Int64Type, Schema, SchemaRef};
-use futures::TryStreamExt;
 use uuid::Uuid;
 
 use super::blocking;
-use super::rebuild::{Progress, property, refused};
-use crate::batch::{self, Limits, MicroBatch, OffsetRange, Offsets, Ranges, TopicPartition};
+use super::rebuild::{Progress, Tables, property, refused};
+use crate::batch::{MicroBatch, OffsetRange, Ranges, TopicPartition};
 use crate::checkpoint::{Checkpoint, LoggedPlan, StateFile, StateKind};
 use crate::config::Config;
 use crate::dead_letter::Reason;
 use crate::dead_letter::letters::Selection;
-use crate::dead_letter::retry::{self, PLACE, Places};
-use crate::decode::registry::BatchRegistry;
+use crate::dead_letter::retry::{self, Places};
 use crate::error::Error;
-use crate::execute;
 use crate::pipeline::{MessageType, Pipeline};
-use crate::sink::iceberg::{Datum, PinnedTable, Predicate, Reference};
-use crate::source::Source;
-use crate::source::kafka::{ChunkSettings, KafkaSource, QueryNames};
+use crate::sink::iceberg::{Datum, PinnedTable, Reference};
 use crate::state::{Lane, StateStore, WindowQuery};
 use crate::telemetry::rfc3339;
 use crate::window;
+use kafka::Kafka;
 
-/// Days of a time zone may be longer than their size says.
-const SLACK_US: i64 = 24 * 3_600_000_000;
-/// Columns of a rows table that no window reads.
-const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
-const SCAN_ROWS: usize = 64 * 1024;
 /// More partitions than this are not listed.
 const LISTED: usize = 8;
 
@@ -117,6 +107,7 @@ pub(super) struct Reopening<'a> {
     pub pipeline: &'a Arc<Pipeline>,
     pub checkpoint: &'a Checkpoint,
     pub query_id: Uuid,
+    pub tables: &'a Tables,
     /// The batch after which the windows were open, and what the tables say of it.
     pub logged: &'a LoggedPlan,
     pub progress: &'a Progress,
@@ -175,7 +166,7 @@ impl Reopening<'_> {
             if open.is_empty() {
                 continue;
             }
-            match self.rows_table(of, &letters).await? {
+            match self.rows_table(of, &letters)? {
                 Ok(table) => rows_tables.push((of, table, open)),
                 Err(why) => from_kafka.extend(open.into_iter().map(|query| (query, why.clone()))),
             }
@@ -195,7 +186,7 @@ impl Reopening<'_> {
         }
 
         for (of, table, active) in rows_tables {
-            let rows = self.read_rows(of, &table, active.clone().into(), &letters.refused, deltas).await?;
+            let rows = self.read_rows(of, table, active.clone().into(), &letters.refused, deltas).await?;
             for query in active {
                 set(&mut roads, query, Road::Rows { table: table.name(), rows });
             }
@@ -255,7 +246,7 @@ impl Reopening<'_> {
     }
 
     /// The rows of a message type, if they are all there and nobody else's, or why they cannot serve.
-    async fn rows_table(&self, of: &MessageType, letters: &Letters) -> Result<Result<PinnedTable, String>, Error> {
+    fn rows_table(&self, of: &MessageType, letters: &Letters) -> Result<Result<&PinnedTable, String>, Error> {
         let Some(rows) = of.rows else {
             return Ok(Err("there is no table of rows".into()));
         };
@@ -263,8 +254,7 @@ impl Reopening<'_> {
         if !of.provenance {
             return Ok(Err(format!("{name} does not say where its rows came from (provenance = false)")));
         }
-        let table = PinnedTable::open(&self.config.catalog, name).await?;
-        let table = table.ok_or_else(|| refused(format!("table {name} is gone")))?;
+        let table = self.tables.get(name).ok_or_else(|| refused(format!("table {name} is gone")))?;
         if let Some((id, other)) = table.markers().into_iter().find(|(id, _)| *id != self.query_id) {
             let pipeline = &other.pipeline;
             return Ok(Err(format!(
@@ -278,39 +268,6 @@ impl Reopening<'_> {
             )));
         }
         Ok(Ok(table))
-    }
-
-    /// How many rows there were.
-    async fn read_rows(
-        &self,
-        of: &MessageType,
-        table: &PinnedTable,
-        active: Arc<[usize]>,
-        refused_once: &Places,
-        deltas: &mut Deltas<'_>,
-    ) -> Result<u64, Error> {
-        let kept = Kept { ends: self.logged.plan.ends(), refused_once };
-        let evict_ms = self.logged.plan.watermarks.evict();
-        let columns = columns_of(of);
-        let names: Vec<&str> = columns.fields().iter().map(|f| f.name().as_str()).chain(PLACE).collect();
-        let mut scan = table.scan(&names, not_before(self.pipeline, of, &columns, evict_ms), SCAN_ROWS).await?;
-        let event_time = of.event_time.unwrap_or_default();
-        let empty = || Lane::new(self.pipeline.queries.clone(), active.clone(), event_time, evict_ms);
-        let (mut lane, mut rows) = (empty(), 0);
-        while let Some(batch) = scan.try_next().await? {
-            let batch = kept.of(&batch, &columns)?;
-            rows += batch.num_rows() as u64;
-            lane = blocking(move || {
-                lane.update(&batch)?;
-                Ok(lane)
-            })
-            .await?;
-            if lane.bytes() as u64 > deltas.budget {
-                deltas.take(vec![std::mem::replace(&mut lane, empty())]).await?;
-            }
-        }
-        deltas.take(vec![lane]).await?;
-        Ok(rows)
     }
 }
 
@@ -372,7 +329,7 @@ struct Letters {
 impl Letters {
     async fn read(of: &Reopening<'_>) -> Result<Letters, Error> {
         let config = of.config;
-        let Some(table) = PinnedTable::open(&config.catalog, &config.dead_letters.table).await? else {
+        let Some(table) = of.tables.get(&config.dead_letters.table) else {
             return Ok(Letters { refused: Places::new(), shared_with: None });
         };
         let topics = |progress: &str| -> Option<BTreeSet<Arc<str>>> {
@@ -396,180 +353,9 @@ impl Letters {
         if let Some(first) = of.progress.reread_from.values().min() {
             filter = filter.and(Reference::new("offset").greater_than_or_equal_to(Datum::long(*first)));
         }
-        let refused_then = retry::places_of_letters(&table, filter)
+        let refused_then = retry::places_of_letters(table, filter)
             .await
             .map_err(|e| refused(format!("cannot read the dead letters: {e}")))?;
         Ok(Letters { refused: refused_then, shared_with })
-    }
-}
-
-/// The records of Kafka that open windows may have been aggregated from.
-struct Kafka {
-    source: KafkaSource,
-    ranges: Ranges,
-}
-
-impl Kafka {
-    /// Or why the records are not to be had any more.
-    async fn open(of: &Reopening<'_>) -> Result<Result<Kafka, String>, Error> {
-        let plan = &of.logged.plan;
-        let from = &of.progress.reread_from;
-        if from.is_empty() {
-            let why = "from which offsets Kafka would have to be read is not known: the batches were written by a version of Floe \
-                       that did not keep it, or a topic was truncated meanwhile";
-            return Ok(Err(why.into()));
-        }
-        let config = of.config;
-        let chunks = ChunkSettings::with_buffer(config.execution.buffer_bytes);
-        let (settings, names) = (config.source.clone(), QueryNames::of(&config.name));
-        let (source, available) = blocking(move || {
-            let mut source = KafkaSource::new(&settings, names, chunks)?;
-            let available = source.available()?;
-            Ok((source, available))
-        })
-        .await?;
-        for (topic, then) in &plan.topic_ids {
-            if let Some(now) = available.topic_ids.get(topic).filter(|now| *now != then) {
-                return Ok(Err(format!("topic {topic} was deleted and created again (id {then} then, {now} now)")));
-            }
-        }
-        let mut ranges = Ranges::new();
-        let mut missing = Vec::new();
-        for (tp, range) in &plan.ranges {
-            let wanted = OffsetRange { start: from.get(tp).copied().unwrap_or(range.start), end: range.end };
-            let OffsetRange { start, end } = wanted;
-            match available.partitions.get(tp) {
-                Some(there) if wanted.is_empty() || there.start <= start && end <= there.end => {}
-                Some(there) => {
-                    missing.push(format!("{tp} [{start}, {end}), of which there are [{}, {})", there.start, there.end))
-                }
-                None if wanted.is_empty() => continue,
-                None => missing.push(format!("{tp} [{start}, {end}), of a partition that is gone")),
-            }
-            ranges.insert(tp.clone(), wanted);
-        }
-        if missing.is_empty() {
-            return Ok(Ok(Kafka { source, ranges }));
-        }
-        let more = missing.len().saturating_sub(LISTED);
-        missing.truncate(LISTED);
-        let more = if more > 0 { format!(" and {more} more partitions") } else { String::new() };
-        Ok(Err(format!("Kafka no longer has all of the offsets that are needed: {}{more}", missing.join("; "))))
-    }
-
-    /// Reads them as batches are read, with the same limits, and gives how many there were.
-    async fn read(
-        mut self,
-        of: &Reopening<'_>,
-        active: BTreeSet<usize>,
-        letters: Letters,
-        deltas: &mut Deltas<'_>,
-    ) -> Result<u64, Error> {
-        let mut pipeline = Pipeline::compile(of.config).map_err(|problems| Error::Compile(problems.join("\n")))?;
-        for message_type in &mut pipeline.types {
-            message_type.rows = None;
-            message_type.queries = message_type.queries.iter().copied().filter(|q| active.contains(q)).collect();
-        }
-        pipeline.late_rows.fill(None);
-        let registry = pipeline.registry.clone().map(|registry| Arc::new(BatchRegistry::new(registry, None)));
-        let (pipeline, refused_then) = (Arc::new(pipeline), Arc::new(letters.refused));
-        let mut starts: Offsets = self.ranges.iter().map(|(tp, range)| (tp.clone(), range.start)).collect();
-        let (mut records, mut bytes) = (0, 0);
-        loop {
-            let limits = Limits {
-                max_offsets: of.config.source.max_offsets_per_trigger,
-                max_bytes: of.config.source.max_bytes_per_trigger,
-                bytes_per_record: (records > 0).then(|| bytes as f64 / records as f64),
-            };
-            let ranges = batch::plan_ranges(&starts, &self.ranges, &limits)?;
-            // Whatever the clock refused then is among the letters; and only what is still open is in time.
-            let evict_ms = of.logged.plan.watermarks.evict_ms;
-            let slice = MicroBatch {
-                ranges,
-                gaps: Vec::new(),
-                trigger_time_ms: i64::MAX,
-                watermarks: batch::Watermarks { late_ms: evict_ms, evict_ms },
-                ..of.logged.plan.clone()
-            };
-            if slice.is_no_data() {
-                return Ok(records);
-            }
-            starts = slice.ends();
-            let (pipeline, registry, without) = (pipeline.clone(), registry.clone(), refused_then.clone());
-            let mut source = self.source;
-            let (back, lanes, counts) = blocking(move || {
-                let chunks = source.read(&slice.ranges)?;
-                let never = AtomicBool::new(false);
-                let (lanes, counts) = execute::aggregate(&pipeline, &slice, registry, chunks, &without, &never)?;
-                Ok((source, lanes, counts))
-            })
-            .await?;
-            self.source = back;
-            records += counts.records;
-            bytes += counts.bytes;
-            tracing::info!(records, "records read again");
-            deltas.take(lanes).await?;
-        }
-    }
-}
-
-/// The columns that reach the windows.
-fn columns_of(of: &MessageType) -> SchemaRef {
-    let columns = of.rows_schema.fields().iter().filter(|f| !PROVENANCE.contains(&f.name().as_str()));
-    Schema::new(columns.cloned().collect::<Vec<_>>()).into()
-}
-
-/// True for the rows of open windows, and some more.
-fn not_before(pipeline: &Pipeline, of: &MessageType, columns: &SchemaRef, evict_ms: i64) -> Option<Predicate> {
-    let queries = of.queries.iter().filter_map(|query| pipeline.queries.get(*query));
-    let longest = queries.map(|q| q.windowing().size().as_micros()).max()?;
-    let longest = i64::try_from(longest).ok()?.checked_add(SLACK_US)?;
-    let from_us = evict_ms.checked_mul(1000)?.checked_sub(longest)?;
-    let field = columns.field(of.event_time?);
-    let zoned = matches!(field.data_type(), DataType::Timestamp(_, Some(_)));
-    let from = if zoned { Datum::timestamptz_micros(from_us) } else { Datum::timestamp_micros(from_us) };
-    Some(Reference::new(field.name()).greater_than_or_equal_to(from))
-}
-
-/// Which rows the batches up to one have brought.
-struct Kept<'a> {
-    ends: Offsets,
-    /// A row at the offset of a dead letter is one that was tried again: no window has seen it.
-    refused_once: &'a Places,
-}
-
-impl Kept<'_> {
-    fn of(&self, batch: &RecordBatch, columns: &SchemaRef) -> Result<RecordBatch, Error> {
-        let strange = |what: &str| refused(format!("the rows table is not as Floe writes it: {what}"));
-        let column = |name: &str| batch.column_by_name(name).ok_or_else(|| strange(&format!("no column {name}")));
-        let [topic, partition, offset] = PLACE;
-        let topics = cast(column(topic)?, &DataType::Utf8).map_err(|e| strange(&e.to_string()))?;
-        let topics = topics.as_string::<i32>();
-        let (Some(partitions), Some(offsets)) =
-            (column(partition)?.as_primitive_opt::<Int32Type>(), column(offset)?.as_primitive_opt::<Int64Type>())
-        else {
-            return Err(strange("the types of the _kafka_ columns"));
-        };
-        let mut current: Option<(TopicPartition, i64, _)> = None;
-        let mut keep = Vec::with_capacity(batch.num_rows());
-        for row in 0..batch.num_rows() {
-            let (topic, partition, offset) = (topics.value(row), partitions.value(row), offsets.value(row));
-            // Rows of one partition follow each other.
-            if current.as_ref().is_none_or(|(tp, ..)| &*tp.topic != topic || tp.partition != partition) {
-                let tp = TopicPartition::new(topic, partition);
-                let end = self.ends.get(&tp).copied().unwrap_or(i64::MIN);
-                current = Some((tp, end, self.refused_once.get(&(topic.to_string(), partition))));
-            }
-            keep.push(current.as_ref().is_some_and(|(_, end, refused)| {
-                offset < *end && !refused.is_some_and(|refused| refused.contains(&offset))
-            }));
-        }
-        let arrays = columns.fields().iter().map(|field| {
-            let found = column(field.name())?;
-            cast(found, field.data_type()).map_err(|e| strange(&format!("column {}: {e}", field.name())))
-        });
-        let rows = RecordBatch::try_new(columns.clone(), arrays.collect::<Result<_, _>>()?);
-        let rows = rows.map_err(|e| strange(&e.to_string()))?;
-        filter_record_batch(&rows, &BooleanArray::from(keep)).map_err(|e| strange(&e.to_string()))
     }
 }

@@ -8,36 +8,43 @@
 //! finds the [`OrderedLane`] free, and lanes are merged in the order of the plan. That makes sums of doubles, and with
 //! them every result, independent of the number of workers and of who got which chunk.
 
+mod admit;
+mod emit;
+mod ordered_lane;
+mod rows;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Int32Array, Int64Array, StringArray, TimestampMicrosecondArray,
-};
-use arrow::compute::filter_record_batch;
-use arrow::datatypes::{DataType, Field, Schema as ArrowSchema, SchemaRef, TimeUnit, TimestampMicrosecondType};
+use arrow::array::{Array, AsArray, TimestampMicrosecondArray};
+use arrow::datatypes::TimestampMicrosecondType;
 use arrow::record_batch::RecordBatch;
 use iceberg::spec::DataFile;
 use uuid::Uuid;
 
-use crate::batch::{BatchId, MicroBatch, TopicPartition};
+use crate::batch::{MicroBatch, TopicPartition};
 use crate::checkpoint::Counts;
+use crate::dead_letter;
 use crate::dead_letter::retry::Places;
-use crate::dead_letter::{self, Reason};
 use crate::decode::registry::BatchRegistry;
 use crate::decode::route::Split;
 use crate::decode::{RecordDecoder, Rejection};
 use crate::error::Error;
 use crate::late;
-use crate::pipeline::{MessageType, Pipeline};
-use crate::quality::{Expectations, Violation};
+use crate::pipeline::Pipeline;
+use crate::quality::Violation;
 use crate::sink::iceberg::{IcebergSink, TableWriter};
 use crate::source::{Chunk, Chunks};
-use crate::state::{Closing, Lane, StateStore};
+use crate::state::{Lane, StateStore};
+
+pub use admit::{Admitted, admit};
+use emit::Emit;
+use ordered_lane::OrderedLane;
+pub use rows::{rows_schema, with_provenance};
 
 /// What step 3 hands to the steps after it.
 pub struct Executed {
@@ -490,311 +497,6 @@ impl<'a> Job<'a> {
         let (batch, trigger_time_ms) = (self.plan.batch, self.plan.trigger_time_ms);
         let dead = dead_letter::from_rejections(chunk, rejected, schema, batch, trigger_time_ms);
         done.writers.write(self.pipeline.dead_letters, &dead)
-    }
-}
-
-/// What became of the records of one chunk: each is a row, or refused, or left out by the filter or an expectation.
-pub struct Admitted {
-    /// The columns that reach the tables; row i is record `records[i]` of the chunk.
-    pub batch: RecordBatch,
-    pub records: Vec<u32>,
-    pub rejected: Vec<Rejection>,
-    pub filtered: u64,
-    /// By expectations of the kind `drop`.
-    pub dropped: u64,
-    /// Rows that failed, by expectation in their order.
-    pub failures: Vec<u64>,
-    /// The first record that an expectation of the kind `fail` does not let pass: nothing of the batch may be committed.
-    pub violation: Option<Violation>,
-}
-
-impl Admitted {
-    fn leave_out(&mut self, places: &Places, chunk: &Chunk) -> Result<(), Error> {
-        let Some(offsets) = places.get(&(chunk.topic.to_string(), chunk.partition)) else { return Ok(()) };
-        let stays = |&record: &u32| Some(!offsets.contains(&chunk.records[record as usize].offset));
-        let kept: BooleanArray = self.records.iter().map(stays).collect();
-        self.batch = filter_record_batch(&self.batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
-        self.records = keep_records(&self.records, &kept);
-        Ok(())
-    }
-}
-
-/// Decoding, checks, `[transform]` and expectations: the way of a record into the tables, the first time and when a dead letter is
-/// tried again.
-pub fn admit(
-    of: &MessageType,
-    trigger_time_ms: i64,
-    chunk: &mut Chunk,
-    decoder: &mut RecordDecoder,
-) -> Result<Admitted, Error> {
-    let decoded = decoder.decode(chunk)?;
-    let (mut batch, mut records, mut rejected) = (decoded.batch, decoded.records, decoded.rejected);
-    refuse_future(of, trigger_time_ms, &mut batch, &mut records, &mut rejected)?;
-    let decoded_rows = batch.num_rows();
-    let mut filtered = 0;
-    if let Some(transform) = &of.transform {
-        let transformed = transform.apply(&batch)?;
-        for (row, message) in &transformed.failed {
-            rejected.push(Rejection {
-                record: records[*row],
-                reason: Reason::ExpressionFailed,
-                path: "$".into(),
-                message: message.clone().into(),
-            });
-        }
-        if let Some(kept) = &transformed.kept {
-            records = kept.iter().map(|&row| records[row as usize]).collect();
-        }
-        filtered = (decoded_rows - transformed.failed.len() - transformed.batch.num_rows()) as u64;
-        batch = transformed.batch;
-    }
-    let mut admitted =
-        Admitted { batch, records, rejected, filtered, dropped: 0, failures: Vec::new(), violation: None };
-    if !of.expectations.is_empty() {
-        expect(&of.expectations, chunk, &mut admitted)?;
-    }
-    Ok(admitted)
-}
-
-/// `[[quality.expect]]`: what valid rows are to be beyond the schema.
-fn expect(expectations: &Expectations, chunk: &Chunk, admitted: &mut Admitted) -> Result<(), Error> {
-    let internal = |e: &dyn std::fmt::Display| Error::Internal(format!("expectations: {e}"));
-    let checked = expectations.check(&admitted.batch).map_err(|e| internal(&e))?;
-    let records = &admitted.records;
-    if let Some((row, index)) = checked.violation
-        && let Some(expectation) = expectations.get(index)
-    {
-        admitted.violation = Some(Violation {
-            topic: chunk.topic.clone(),
-            partition: chunk.partition,
-            offset: chunk.records[records[row] as usize].offset,
-            name: expectation.name.clone(),
-            sql: expectation.sql.clone(),
-        });
-    }
-    admitted.failures = checked.failures;
-    admitted.dropped = checked.dropped;
-    admitted.rejected.extend(checked.refused.into_iter().map(|(row, message)| Rejection {
-        record: records[row],
-        reason: Reason::ExpectationFailed,
-        path: "$".into(),
-        message: message.into(),
-    }));
-    if let Some(kept) = &checked.kept {
-        admitted.batch = filter_record_batch(&admitted.batch, kept).map_err(|e| internal(&e))?;
-        admitted.records = keep_records(records, kept);
-    }
-    Ok(())
-}
-
-/// A device with its clock in 2099 costs a dead letter, not everyone's windows.
-fn refuse_future(
-    of: &MessageType,
-    trigger_time_ms: i64,
-    batch: &mut RecordBatch,
-    records: &mut Vec<u32>,
-    rejected: &mut Vec<Rejection>,
-) -> Result<(), Error> {
-    let Some((column, max_future)) = of.future_guard else { return Ok(()) };
-    let limit_us = trigger_time_ms.saturating_add(max_future.as_millis() as i64).saturating_mul(1000);
-    let times = batch.column(column).as_primitive::<TimestampMicrosecondType>();
-    if arrow::compute::max(times).is_none_or(|max| max <= limit_us) {
-        return Ok(());
-    }
-    let kept: BooleanArray = (0..times.len()).map(|i| Some(times.is_null(i) || times.value(i) <= limit_us)).collect();
-    let name = of.schema.arrow.field(column).name();
-    for row in (0..times.len()).filter(|&row| !kept.value(row)) {
-        let at = timestamp_text(times.value(row));
-        rejected.push(Rejection {
-            record: records[row],
-            reason: Reason::FutureEventTime,
-            path: format!("$.{name}").into(),
-            message: format!("{at} is more than {max_future:?} ahead of the batch's trigger time").into(),
-        });
-    }
-    *batch = filter_record_batch(batch, &kept).map_err(|e| Error::Internal(e.to_string()))?;
-    *records = keep_records(records, &kept);
-    Ok(())
-}
-
-fn timestamp_text(micros: i64) -> String {
-    jiff::Timestamp::from_microsecond(micros).map_or_else(|_| format!("{micros} µs"), |t| t.to_string())
-}
-
-fn keep_records(records: &[u32], kept: &BooleanArray) -> Vec<u32> {
-    records.iter().zip(kept.iter()).filter(|(_, keep)| *keep == Some(true)).map(|(record, _)| *record).collect()
-}
-
-/// The columns that let anyone prove with one query that nothing is missing or doubled.
-pub fn provenance_fields() -> Vec<Field> {
-    vec![
-        Field::new("_kafka_topic", DataType::Utf8, false),
-        Field::new("_kafka_partition", DataType::Int32, false),
-        Field::new("_kafka_offset", DataType::Int64, false),
-        Field::new("_kafka_timestamp", DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())), true),
-    ]
-}
-
-/// The schema of the rows table: the row's columns and, where asked for, where each came from.
-pub fn rows_schema(columns: &SchemaRef, provenance: bool) -> SchemaRef {
-    let mut fields: Vec<_> = columns.fields().iter().cloned().collect();
-    if provenance {
-        fields.extend(provenance_fields().into_iter().map(Arc::new));
-    }
-    Arc::new(ArrowSchema::new(fields))
-}
-
-/// `batch` with the columns that say where each row came from; `records` are its rows' indices in the chunk.
-pub fn with_provenance(
-    schema: &SchemaRef,
-    batch: &RecordBatch,
-    chunk: &Chunk,
-    records: &[u32],
-) -> Result<RecordBatch, Error> {
-    let rows = records.len();
-    let topic: ArrayRef = Arc::new(StringArray::from_iter_values(std::iter::repeat_n(&*chunk.topic, rows)));
-    let partition: ArrayRef = Arc::new(Int32Array::from_value(chunk.partition, rows));
-    let offsets: ArrayRef =
-        Arc::new(Int64Array::from_iter_values(records.iter().map(|&record| chunk.records[record as usize].offset)));
-    let timestamps: TimestampMicrosecondArray = records
-        .iter()
-        .map(|&record| {
-            let ms = chunk.records[record as usize].timestamp_ms;
-            (ms != i64::MIN).then(|| ms.saturating_mul(1000))
-        })
-        .collect();
-    let mut columns = batch.columns().to_vec();
-    columns.extend([topic, partition, offsets, Arc::new(timestamps.with_timezone("UTC")) as ArrayRef]);
-    RecordBatch::try_new(schema.clone(), columns).map_err(|e| Error::Internal(e.to_string()))
-}
-
-/// Rows of a window in update mode: which batch they are of.
-fn with_revision(schema: &SchemaRef, rows: &RecordBatch, batch: BatchId) -> Result<RecordBatch, Error> {
-    let revision: ArrayRef = Arc::new(Int64Array::from_value(batch as i64, rows.num_rows()));
-    let columns = rows.columns().iter().cloned().chain([revision]).collect();
-    RecordBatch::try_new(schema.clone(), columns).map_err(|e| Error::Internal(e.to_string()))
-}
-
-/// The aggregation of one partition's rows of one type: chunks may arrive in any order and are taken in offset order.
-struct OrderedLane {
-    state: Mutex<LaneState>,
-    drained: Condvar,
-}
-
-struct LaneState {
-    next: u64,
-    waiting: BTreeMap<u64, RecordBatch>,
-    /// None while a worker is aggregating into it.
-    lane: Option<Lane>,
-}
-
-impl OrderedLane {
-    fn new(pipeline: &Pipeline, of: &MessageType, plan: &MicroBatch) -> Self {
-        let event_time = of.event_time.unwrap_or_default();
-        let lane = Lane::new(pipeline.queries.clone(), of.queries.clone(), event_time, plan.watermarks.late());
-        OrderedLane {
-            state: Mutex::new(LaneState { next: 0, waiting: BTreeMap::new(), lane: Some(lane) }),
-            drained: Condvar::new(),
-        }
-    }
-
-    /// Hands in a decoded chunk. If no one is aggregating, this worker does, for as long as the next chunk is there.
-    fn submit(&self, sequence: u64, batch: RecordBatch, job: &Job<'_>) -> Result<(), Error> {
-        let mut state = lock(&self.state);
-        state.waiting.insert(sequence, batch);
-        loop {
-            let next = state.next;
-            if state.lane.is_none() {
-                // Someone else is aggregating and will come to ours; wait only so that a single hot partition
-                // cannot be decoded far ahead of its aggregation.
-                if state.waiting.len() <= 2 * job.pipeline.workers {
-                    return Ok(());
-                }
-                if job.cancel.load(Ordering::Relaxed) {
-                    return Err(Error::Cancelled);
-                }
-                let timeout = Duration::from_millis(50);
-                state = self.drained.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0;
-                continue;
-            }
-            let Some(batch) = state.waiting.remove(&next) else { return Ok(()) };
-            let Some(mut lane) = state.lane.take() else { return Ok(()) };
-            state.next += 1;
-            drop(state);
-            let updated = lane.update(&batch);
-            state = lock(&self.state);
-            state.lane = Some(lane);
-            self.drained.notify_all();
-            updated?;
-        }
-    }
-
-    fn into_lane(self) -> Result<Lane, Error> {
-        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if !state.waiting.is_empty() {
-            return Err(Error::Internal(format!("chunk {} of a partition never arrived", state.next)));
-        }
-        state.lane.ok_or_else(|| Error::Internal("a worker left with a partition's aggregation".into()))
-    }
-}
-
-/// Writing the windows that the watermark has closed.
-struct Emit<'a> {
-    pipeline: &'a Pipeline,
-    sink: &'a IcebergSink,
-    plan: &'a MicroBatch,
-    attempt: Uuid,
-    cancel: &'a AtomicBool,
-    closed: Mutex<std::vec::IntoIter<Closing>>,
-}
-
-impl Emit<'_> {
-    fn run(&self, worker: usize) -> Result<Output, Error> {
-        let started = Instant::now();
-        let mut writers = Writers::new(Some(self.sink), self.plan, self.attempt, worker);
-        let mut counts = Counts::default();
-        loop {
-            let next = lock(&self.closed).next();
-            let Some(closing) = next else { break };
-            // By table and window: a large one comes in pieces.
-            let mut overflows: BTreeMap<(usize, i64, i64), u64> = BTreeMap::new();
-            closing.windows::<Error>(|window| {
-                if self.cancel.load(Ordering::Relaxed) {
-                    return Err(Error::Cancelled);
-                }
-                let table = self.pipeline.windows[window.query()];
-                let bounds = (table, window.start_us(), window.end_us());
-                let updates = self.pipeline.queries[window.query()].updates();
-                let (batches, overflowed) = window.evaluate()?;
-                for mut batch in batches {
-                    if updates {
-                        batch = with_revision(&self.pipeline.tables[table].schema, &batch, self.plan.batch)?;
-                    }
-                    *counts.windows.entry(self.pipeline.tables[table].name.clone()).or_default() +=
-                        batch.num_rows() as u64;
-                    writers.write(table, &batch)?;
-                }
-                *overflows.entry(bounds).or_default() += overflowed;
-                Ok(())
-            })?;
-            for ((table, start, end), overflowed) in overflows.into_iter().filter(|(_, overflowed)| *overflowed > 0) {
-                let message = format!(
-                    "{overflowed} values of {} in the window [{}, {}) could not be computed and are null: a sum beyond its type, or an expression over aggregates that failed",
-                    self.pipeline.tables[table].name,
-                    timestamp_text(start),
-                    timestamp_text(end)
-                );
-                tracing::warn!(table = self.pipeline.tables[table].name, window_start = %timestamp_text(start), values = overflowed, "aggregates could not be computed");
-                let dead = dead_letter::from_overflows(&[message], self.plan.batch, self.plan.trigger_time_ms);
-                writers.write(self.pipeline.dead_letters, &dead)?;
-                *counts.dead_letters.entry(Reason::Overflow.code().to_string()).or_default() += 1;
-            }
-        }
-        let (files, took) = writers.finish()?;
-        let mut times = WorkerTimes::default();
-        times.add("write", took);
-        times.add("close", started.elapsed().saturating_sub(took));
-        Ok(Output { files, counts, event_times: EventTimes::default(), times })
     }
 }
 
