@@ -452,10 +452,9 @@ mod tests {
         assert_eq!(peer.requests.swap(0, Ordering::SeqCst), 1 + WAITS.len());
         assert!(matches!(one(&registry, u32::MAX).await, Ok(Writer::Unknown)));
         assert_eq!(peer.requests.load(Ordering::SeqCst), 0);
-        // Many of them are not waited for.
-        let started = Instant::now();
+        // Many of them are not waited for: each is asked for once.
         assert_eq!(registry.resolve((100..200).collect()).await.unwrap().len(), 100);
-        assert!(started.elapsed() < WAITS[0] + WAITS[1] + WAITS[2], "{:?}", started.elapsed());
+        assert_eq!(peer.requests.load(Ordering::SeqCst), 100);
     }
 
     #[tokio::test]

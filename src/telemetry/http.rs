@@ -328,7 +328,7 @@ mod tests {
         assert_eq!(fetch(address, "/nothing").await.0, 404);
 
         drop(stop);
-        tokio::time::timeout(Duration::from_secs(5), server).await.unwrap().unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(60), server).await.unwrap().unwrap().unwrap();
     }
 
     #[tokio::test]

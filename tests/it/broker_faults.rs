@@ -91,7 +91,8 @@ fn frozen_beyond_the_deadline() {
     let broker = Broker::start();
     fill(&broker, TOPIC, &telemetry());
     let mut pipeline = Pipeline::new(&broker.bootstrap, TOPIC);
-    pipeline.set("deadlines.add_batch", "2 seconds").set("deadlines.latest_offsets", "2 seconds");
+    // Long enough for a busy machine to do the batch within it once the broker is back.
+    pipeline.set("deadlines.add_batch", "5 seconds").set("deadlines.latest_offsets", "5 seconds");
     let mut floe = pipeline.spawn_with(&[("FLOE_FAILPOINT", "plan.after_put:stop")]);
     floe.until_stopped();
     broker.pause();

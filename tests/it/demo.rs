@@ -11,7 +11,7 @@ fn runs_checks_itself_and_says_where_the_tables_are() {
     let dir = tempfile::tempdir().unwrap();
     let mut command = floe();
     command.args(["demo", "--seconds", "5"]).current_dir(dir.path());
-    let ended = Floe::start(command, dir.path(), 1, String::new()).wait_within(Duration::from_secs(90)).expect_code(0);
+    let ended = Floe::start(command, dir.path(), 1, String::new()).wait().expect_code(0);
     // Lines to paste, for both readers.
     let ended = ended.expect_output(&["duckdb", "pyiceberg"]);
     let data = fs::read_dir(dir.path().join("data")).map(|d| d.count()).unwrap_or(0);
@@ -28,5 +28,5 @@ fn ctrl_c_ends_it_with_its_summary() {
     running.until("there is output", |floe| (floe.output().lines().count() > 6).then_some(()));
     std::thread::sleep(Duration::from_secs(2));
     running.signal(libc::SIGINT);
-    running.wait_within(Duration::from_secs(60)).expect_code(0).expect_output(&["pyiceberg"]);
+    running.wait().expect_code(0).expect_output(&["pyiceberg"]);
 }

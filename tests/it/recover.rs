@@ -338,7 +338,7 @@ fn records_refused_for_their_time_stay_refused() {
         Rec { partition: Some(0), value: Some(value.to_string().into_bytes()), ..Rec::default() }
     };
     // By the time of the rebuilding it is the present.
-    broker.produce_records("recover_future", [record(now - 100_000), record(now + 20_000), record(now - 90_000)]);
+    broker.produce_records("recover_future", [record(now - 100_000), record(now + 30_000), record(now - 90_000)]);
     pipeline.run();
     assert_eq!(dead_by_reason(&pipeline.tables()), BTreeMap::from([("future_event_time".to_string(), 1)]));
     lose_checkpoint(&pipeline);

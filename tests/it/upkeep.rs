@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch};
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use floe::config::CatalogConfig;
 use floe::sink::iceberg::{BatchCommit, IcebergSink, Marker, TableSpec};
 use uuid::Uuid;
@@ -15,31 +15,39 @@ use crate::support::turn;
 
 const COMMITS: u64 = 300;
 
-/// Three hundred commits of one row each: few manifests, few metadata files, every row there, and the last commits do not
-/// take much longer than the early ones.
-#[test]
-fn many_small_commits() {
-    let _turn = turn();
-    let dir = tempfile::tempdir().unwrap();
-    let catalog = CatalogConfig::Sqlite {
-        path: dir.path().join("catalog.db"),
-        warehouse: dir.path().join("warehouse").display().to_string(),
-    };
-    let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, false)]));
-    let spec = TableSpec {
-        name: "t.numbers".into(),
-        schema: schema.clone(),
-        partition_by: vec!["bucket(2, n)".into()],
-        sort_by: vec![],
-        properties: BTreeMap::new(),
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let sink = runtime.block_on(IcebergSink::open(&catalog, Uuid::new_v4(), "numbers", &[spec])).unwrap();
-    let mut times = Vec::new();
-    for batch in 0..COMMITS {
+/// A table of numbers, one a commit.
+struct Numbers {
+    dir: tempfile::TempDir,
+    runtime: tokio::runtime::Runtime,
+    schema: SchemaRef,
+    sink: IcebergSink,
+}
+
+impl Numbers {
+    fn new() -> Numbers {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = CatalogConfig::Sqlite {
+            path: dir.path().join("catalog.db"),
+            warehouse: dir.path().join("warehouse").display().to_string(),
+        };
+        let schema: SchemaRef = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, false)]));
+        let spec = TableSpec {
+            name: "t.numbers".into(),
+            schema: schema.clone(),
+            partition_by: vec!["bucket(2, n)".into()],
+            sort_by: vec![],
+            properties: BTreeMap::new(),
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let sink = runtime.block_on(IcebergSink::open(&catalog, Uuid::new_v4(), "numbers", &[spec])).unwrap();
+        Numbers { dir, runtime, schema, sink }
+    }
+
+    /// How long the commit alone has taken.
+    fn commit(&self, batch: u64) -> Duration {
         let column: ArrayRef = Arc::new(Int64Array::from(vec![batch as i64]));
-        let mut writer = sink.writer(0, batch, Uuid::new_v4(), 0);
-        writer.write(&RecordBatch::try_new(schema.clone(), vec![column]).unwrap()).unwrap();
+        let mut writer = self.sink.writer(0, batch, Uuid::new_v4(), 0);
+        writer.write(&RecordBatch::try_new(self.schema.clone(), vec![column]).unwrap()).unwrap();
         let commit = BatchCommit {
             marker: Marker { pipeline: "numbers".into(), batch, plan: format!("sha256:{batch}") },
             tables: BTreeMap::new(),
@@ -48,10 +56,31 @@ fn many_small_commits() {
             files: vec![writer.finish().unwrap()],
         };
         let started = Instant::now();
-        runtime.block_on(sink.commit(&commit)).unwrap();
-        times.push(started.elapsed());
+        self.runtime.block_on(self.sink.commit(&commit)).unwrap();
+        started.elapsed()
     }
-    let tables = Tables::new(dir.path().join("catalog.db"));
+}
+
+/// Three hundred commits of one row each: few manifests, few metadata files, every row there, and the last commits do not
+/// take much longer than the early ones.
+#[test]
+fn many_small_commits() {
+    let _turn = turn();
+    // The early ones are those of a young table, made in turn with the last ones of the old one: what else the machine does
+    // slows down both.
+    let (old, young) = (Numbers::new(), Numbers::new());
+    for batch in 0..COMMITS - 30 {
+        old.commit(batch);
+    }
+    for batch in 0..35 {
+        young.commit(batch);
+    }
+    let (mut early, mut late) = (Vec::new(), Vec::new());
+    for n in 0..30 {
+        early.push(young.commit(35 + n));
+        late.push(old.commit(COMMITS - 30 + n));
+    }
+    let tables = Tables::new(old.dir.path().join("catalog.db"));
     let found: Vec<(u64, i64)> = tables.query("select count(*), sum(n)::bigint from {t.numbers}");
     assert_eq!(found, [(COMMITS, (0..COMMITS as i64).sum())]);
     // A filter goes through the bounds in merged manifests.
@@ -64,13 +93,12 @@ fn many_small_commits() {
     let kept: u64 = summary["manifests-kept"].parse().unwrap();
     assert!(kept <= 60, "{summary:?}");
 
-    let folder = dir.path().join("warehouse/t/numbers/metadata");
+    let folder = old.dir.path().join("warehouse/t/numbers/metadata");
     let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     assert!(names.filter(|name| name.ends_with(".metadata.json")).count() <= 21);
 
-    let (early, late) = (median(&times[35..65]), median(&times[270..]));
-    let slowest = times.iter().max().unwrap();
-    println!("commit: median {early:?} at 50, {late:?} at 300; slowest {slowest:?}");
+    let (early, late) = (median(&early), median(&late));
+    println!("commit: median {early:?} at 50, {late:?} at 300");
     // The metadata still lists every snapshot; without optimization, writing that is most of a commit.
     let growth = if cfg!(debug_assertions) { 4.0 } else { 1.5 };
     assert!(late < early.mul_f64(growth) + Duration::from_millis(5), "{early:?} at 50, {late:?} at 300");
@@ -81,19 +109,30 @@ fn many_small_commits() {
 #[test]
 fn commits_of_three_tables_with_maintenance() {
     let _turn = turn();
-    let dir = tempfile::tempdir().unwrap();
-    let commits = Commits::new(dir.path());
-    let mut times = Vec::new();
-    for batch in 0..400 {
-        times.push(commits.commit(batch));
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let [commits, young] = [Commits::new(dirs[0].path()), Commits::new(dirs[1].path())];
+    let commit = |commits: &Commits, batch: u64| -> Duration {
+        let time = commits.commit(batch);
         if batch % COMMITS_A_ROUND == COMMITS_A_ROUND - 1 {
             commits.maintain();
         }
+        time
+    };
+    // As above: the early ones are those of young tables, beside the last ones.
+    for batch in 0..400 - COMMITS_A_ROUND {
+        commit(&commits, batch);
     }
-    let (early, late) = (median(&times[100..200]), median(&times[300..]));
-    println!("commit: median {early:?} of 100..200, {late:?} of 300..400");
-    // Other tests run beside this one.
-    assert!(late < early.mul_f64(1.5) + Duration::from_millis(10), "{early:?} of 100..200, {late:?} of 300..400");
+    for batch in 0..100 {
+        commit(&young, batch);
+    }
+    let (mut early, mut late) = (Vec::new(), Vec::new());
+    for n in 0..COMMITS_A_ROUND {
+        early.push(commit(&young, 100 + n));
+        late.push(commit(&commits, 400 - COMMITS_A_ROUND + n));
+    }
+    let (early, late) = (median(&early), median(&late));
+    println!("commit: median {early:?} of 100..160, {late:?} of 340..400");
+    assert!(late < early.mul_f64(1.5) + Duration::from_millis(10), "{early:?} of 100..160, {late:?} of 340..400");
     assert!(commits.metadata_bytes() < 20_000_000, "{} bytes of metadata", commits.metadata_bytes());
     let tables = commits.tables();
     for table in TABLES {

@@ -25,7 +25,7 @@ use rdkafka::message::{DeliveryResult, Header, Message, OwnedHeaders};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext, ThreadedProducer};
 use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
 
-const START_TIMEOUT: Duration = Duration::from_secs(90);
+const START_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// How the broker is run.
 #[derive(Clone, Debug)]
@@ -75,7 +75,8 @@ impl Broker {
     /// The broker that all tests of this process share: a topic a test, and no faults.
     pub fn shared() -> &'static Broker {
         static SHARED: OnceLock<Broker> = OnceLock::new();
-        SHARED.get_or_init(Broker::start)
+        // It is never killed: a machine too busy for its heartbeats must not take its partitions away.
+        SHARED.get_or_init(|| Broker::start_with(&[("broker.session.timeout.ms", "30000")]))
     }
 
     pub fn start() -> Broker {
@@ -145,13 +146,15 @@ impl Broker {
         for (key, value) in config {
             topic = topic.set(key, value);
         }
-        // A topic that was just deleted may still be known for a moment.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        // A topic that was just deleted may still be known for a moment; a broker that was away may not count yet.
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let result = self.admin(async |admin, options| admin.create_topics([&topic], options).await);
             match result.expect("create topic").remove(0) {
                 Ok(_) => break,
-                Err((_, RDKafkaErrorCode::TopicAlreadyExists)) if Instant::now() < deadline => {
+                Err((_, RDKafkaErrorCode::TopicAlreadyExists | RDKafkaErrorCode::InvalidReplicationFactor))
+                    if Instant::now() < deadline =>
+                {
                     thread::sleep(Duration::from_millis(50));
                 }
                 Err(e) => panic!("create topic {name}: {e:?}"),
@@ -246,7 +249,7 @@ impl Broker {
                 record = again;
             }
         }
-        producer.flush(Duration::from_secs(60)).expect("flush");
+        producer.flush(Duration::from_secs(180)).expect("flush");
         if let Some(error) = producer.context().failed.lock().unwrap().take() {
             panic!("produce to {topic}: {error}");
         }
@@ -256,14 +259,14 @@ impl Broker {
     pub fn transactional_producer(&self, transactional_id: &str) -> BaseProducer {
         let producer: BaseProducer =
             self.client_config().set("transactional.id", transactional_id).create().expect("producer");
-        producer.init_transactions(Duration::from_secs(30)).expect("init transactions");
+        producer.init_transactions(Duration::from_secs(120)).expect("init transactions");
         producer
     }
 
     /// First offset and high watermark.
     pub fn watermarks(&self, topic: &str, partition: i32) -> (i64, i64) {
         let consumer: BaseConsumer = self.client_config().create().expect("client");
-        consumer.fetch_watermarks(topic, partition, Duration::from_secs(20)).expect("watermarks")
+        consumer.fetch_watermarks(topic, partition, Duration::from_secs(60)).expect("watermarks")
     }
 
     /// For clients of a test's own.
@@ -275,9 +278,9 @@ impl Broker {
 
     fn wait_for_partitions(&self, topic: &str, partitions: usize) {
         let client: BaseConsumer = self.client_config().create().expect("client");
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
-            let metadata = client.fetch_metadata(Some(topic), Duration::from_secs(20)).expect("metadata");
+            let metadata = client.fetch_metadata(Some(topic), Duration::from_secs(60)).expect("metadata");
             let found = metadata.topics()[0].partitions();
             if found.len() == partitions && found.iter().all(|p| p.error().is_none() && p.leader() >= 0) {
                 return;
@@ -295,7 +298,7 @@ impl Broker {
         thread::scope(|scope| {
             let join = scope.spawn(|| {
                 let admin = self.client_config().create().expect("admin client");
-                let timeout = Some(Duration::from_secs(30));
+                let timeout = Some(Duration::from_secs(60));
                 let options = AdminOptions::new().operation_timeout(timeout).request_timeout(timeout);
                 let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
                 runtime.block_on(call(&admin, &options))

@@ -12,9 +12,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-const START_TIMEOUT: Duration = Duration::from_secs(120);
+const START_TIMEOUT: Duration = Duration::from_secs(300);
 const ICEBERG: &str = "org.apache.iceberg:iceberg-open-api:1.10.1";
 const NESSIE: &str = "org.projectnessie.nessie:nessie-quarkus:0.99.0:jar:runner";
 
@@ -66,7 +67,7 @@ impl RestServer {
             .envs(settings(dir.path()))
             .env(
                 "CATALOG_URI",
-                format!("jdbc:sqlite:{}?busy_timeout=5000&journal_mode=WAL", dir.path().join("catalog.db").display()),
+                format!("jdbc:sqlite:{}?busy_timeout=30000&journal_mode=WAL", dir.path().join("catalog.db").display()),
             );
         let address = format!("127.0.0.1:{port}");
         let process = Process::start(command, dir.path());
@@ -215,8 +216,16 @@ fn status(address: &str, path: &str) -> Option<u16> {
     String::from_utf8_lossy(&answer).split(' ').nth(1)?.parse().ok()
 }
 
+/// A server takes seconds to bind it: one that the kernel gives out might be somebody else's by then. Beside the brokers'.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let n = std::process::id().wrapping_mul(37).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = 15_000 + (n % 5_000) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 fn home() -> PathBuf {

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,7 +17,7 @@ use super::reader::Tables;
 use super::s3::S3;
 
 /// Longer than anything takes on a busy machine; a test that hits it has failed.
-pub const TIMEOUT: Duration = Duration::from_secs(120);
+pub const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A pipeline's configuration and the folder with its catalog, warehouse and checkpoint.
 pub struct Pipeline {
@@ -481,14 +481,15 @@ pub fn send_signal(pid: i32, signal: i32) {
     assert_eq!(sent, 0, "kill {pid}: {}", std::io::Error::last_os_error());
 }
 
+/// Not one that the kernel gives out: between two runs of a service, or before the first, somebody else would have it.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+    super::broker::free_port()
 }
 
 /// Status code, head and body.
 pub fn http_get(address: &str, path: &str) -> Option<(u16, String, String)> {
     let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").ok()?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).ok()?;

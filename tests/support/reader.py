@@ -54,7 +54,6 @@ def close(opened):
 
 def query(connection, request):
     """`{namespace.table}` in the SQL stands for that table's current snapshot."""
-    opened = catalog(request)
     store = request.get("properties", {})
     if "s3.endpoint" in store:
         connection.execute(
@@ -65,15 +64,25 @@ def query(connection, request):
 
     def source(match):
         table = opened.load_table(match.group(1))
+        locations.append(table.metadata_location)
         if table.current_snapshot() is None:
             view = "empty_" + match.group(1).replace(".", "_")
             connection.register(view, table.scan().to_arrow())
             return view
         return f"iceberg_scan('{table.metadata_location}')"
 
-    sql = re.sub(r"\{([\w.]+)\}", source, request["sql"])
-    close(opened)
-    return [list(row) for row in connection.execute(sql).fetchall()]
+    before = None
+    while True:
+        opened, locations = catalog(request), []
+        sql = re.sub(r"\{([\w.]+)\}", source, request["sql"])
+        close(opened)
+        try:
+            return [list(row) for row in connection.execute(sql).fetchall()]
+        except duckdb.IOException:
+            # Metadata that is twenty commits old is gone: a reader that was held up for so long looks again.
+            if locations == before:
+                raise
+            before = locations
 
 
 def table(request):

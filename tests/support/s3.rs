@@ -40,7 +40,7 @@ impl S3 {
             .spawn()
             .expect("moto");
         let s3 = S3 { server, address: format!("127.0.0.1:{port}"), _dir: None };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         while http_get(&s3.address, "/moto-api/").is_none() {
             assert!(Instant::now() < deadline, "moto does not start");
             std::thread::sleep(Duration::from_millis(50));
@@ -72,7 +72,7 @@ impl S3 {
             .spawn()
             .expect("versitygw");
         let s3 = S3 { server, address, _dir: Some(dir) };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         while TcpStream::connect(&s3.address).is_err() {
             assert!(Instant::now() < deadline, "versitygw does not start");
             std::thread::sleep(Duration::from_millis(50));

@@ -437,7 +437,7 @@ mod tests {
     #[test]
     fn the_truth_holds_everything_and_the_stream_waits_for_the_tables() {
         let producer = Producer::start(Plan { rate: 400_000, ..PLAN }).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let limit = MAX_UNCOMMITTED as u64 * PARTITIONS as u64;
         // With nothing committed, the stream stops at the limit of one of its partitions.
         while producer.truth().produced() < limit / 2 && Instant::now() < deadline {
@@ -446,6 +446,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(300));
         assert!(producer.truth().produced() <= limit);
         producer.stop();
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !producer.shared.flushed.load(Ordering::Relaxed) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
