@@ -97,7 +97,7 @@ fn frozen_beyond_the_deadline() {
     floe.until_stopped();
     broker.pause();
     floe.signal(libc::SIGCONT);
-    floe.until("it says that the deadline has passed", |floe| floe.output().contains("deadline").then_some(()));
+    floe.until("the deadline has passed", |floe| floe.output().contains("longer than its deadline").then_some(()));
     broker.resume();
     floe.wait().expect_code(0);
     pipeline.set("deadlines.add_batch", "10 minutes").set("deadlines.latest_offsets", "30 seconds");

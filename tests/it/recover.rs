@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -342,6 +344,9 @@ fn records_refused_for_their_time_stay_refused() {
     pipeline.run();
     assert_eq!(dead_by_reason(&pipeline.tables()), BTreeMap::from([("future_event_time".to_string(), 1)]));
     lose_checkpoint(&pipeline);
+    while jiff::Timestamp::now().as_millisecond() < now + 30_000 {
+        sleep(Duration::from_millis(200));
+    }
     recover(&pipeline).expect_code(0).expect_output(&["3 records of Kafka"]);
     let state = floe(&pipeline, &["state"]).expect_code(0).output;
     let windows: Vec<&str> = state.lines().filter(|line| line.starts_with(WINDOWS)).collect();
