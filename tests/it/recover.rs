@@ -7,7 +7,9 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::support::broker::{Broker, Rec};
-use crate::support::check::{DEAD_LETTERS, ROWS, WINDOWS, dead_by_reason, everything, fill, windows, windows_are};
+use crate::support::check::{
+    DEAD_LETTERS, ROWS, WINDOWS, dead_by_reason, everything, fill, records, windows, windows_are,
+};
 use crate::support::floe::{Ended, Pipeline};
 use crate::support::telemetry::{Telemetry, Window};
 use crate::support::turn;
@@ -405,6 +407,25 @@ fn kafka_without_the_records_is_refused_and_open_windows_are_dropped_if_asked_fo
         .expect_output(&["records of Kafka"]);
     pipeline.run();
     assert_eq!(windows(&pipeline.tables()), before);
+}
+
+/// Its offsets are all there, the records between them need not be.
+#[test]
+fn a_compacted_topic_is_refused() {
+    let _turn = turn();
+    let broker = Broker::shared();
+    let topic = "recover_compacted";
+    broker.create_topic(topic, telemetry().partitions, &[("cleanup.policy", "compact,delete")]);
+    broker.produce_records(topic, records(&telemetry(), 0..telemetry().messages));
+    let mut pipeline = Pipeline::new(&broker.bootstrap, topic);
+    pipeline.remove("rows");
+    pipeline.run();
+    lose_checkpoint(&pipeline);
+    recover(&pipeline).expect_code(3).expect_output(&[
+        "there is no table of rows; topic recover_compacted is compacted (cleanup.policy = compact,delete)",
+        "--drop-open-windows",
+    ]);
+    floe(&pipeline, &["recover", "--from-table", "--drop-open-windows"]).expect_code(0);
 }
 
 #[test]

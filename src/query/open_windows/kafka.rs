@@ -33,12 +33,16 @@ impl Kafka {
         let config = of.config;
         let chunks = ChunkSettings::with_buffer(config.execution.buffer_bytes);
         let (settings, names) = (config.source.clone(), QueryNames::of(&config.name));
-        let (source, available) = blocking(move || {
+        let (source, available, compaction) = blocking(move || {
             let mut source = KafkaSource::new(&settings, names, chunks)?;
             let available = source.available()?;
-            Ok((source, available))
+            let compaction = source.compaction()?;
+            Ok((source, available, compaction))
         })
         .await?;
+        if let Some(why) = compaction {
+            return Ok(Err(why));
+        }
         for (topic, then) in &plan.topic_ids {
             if let Some(now) = available.topic_ids.get(topic).filter(|now| *now != then) {
                 return Ok(Err(format!("topic {topic} was deleted and created again (id {then} then, {now} now)")));

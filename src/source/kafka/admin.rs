@@ -1,5 +1,5 @@
-//! Two questions to the brokers that `rdkafka` does not ask: DescribeTopics (partitions and topic ids) and ListOffsets by
-//! isolation level, each for everything at once.
+//! Questions to the brokers, asked with the connections that there are: DescribeTopics (partitions and topic ids) and ListOffsets
+//! by isolation level, which `rdkafka` does not ask, each for everything at once, and DescribeConfigs.
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, c_int};
@@ -173,6 +173,49 @@ pub fn list_offsets<const N: usize>(
         };
     }
     Ok(answers)
+}
+
+/// A setting of every topic, or why it is not told.
+pub fn topic_setting(
+    client: &Client,
+    topics: &[String],
+    setting: &str,
+    timeout: Duration,
+) -> Result<Vec<(String, Result<String, Code>)>, Failure> {
+    let names: Vec<CString> = topics.iter().filter_map(|name| CString::new(name.as_str()).ok()).collect();
+    let op = sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBECONFIGS;
+    let call = Call::start(client, op, None, timeout, |client, options, queue| {
+        let kind = sys::rd_kafka_ResourceType_t::RD_KAFKA_RESOURCE_TOPIC;
+        // SAFETY: client, options and queue are alive; the resources are ours and copied by the call.
+        unsafe {
+            let mut resources: Vec<_> =
+                names.iter().map(|name| sys::rd_kafka_ConfigResource_new(kind, name.as_ptr())).collect();
+            sys::rd_kafka_DescribeConfigs(client, resources.as_mut_ptr(), resources.len(), options, queue);
+            sys::rd_kafka_ConfigResource_destroy_array(resources.as_mut_ptr(), resources.len());
+        }
+    });
+    let event = call.finish()?;
+    // SAFETY: the event is of this type and keeps alive everything that is read from it.
+    unsafe {
+        let result = sys::rd_kafka_event_DescribeConfigs_result(event.0);
+        let mut count = 0;
+        let resources = sys::rd_kafka_DescribeConfigs_result_resources(result, &mut count);
+        let value = |resource| {
+            let error = Code::from(sys::rd_kafka_ConfigResource_error(resource));
+            if error != Code::NoError {
+                return Err(error);
+            }
+            let mut count = 0;
+            let entries = sys::rd_kafka_ConfigResource_configs(resource, &mut count);
+            let mut entries = (0..count).map(|i| *entries.add(i));
+            let entry = entries.find(|entry| text(sys::rd_kafka_ConfigEntry_name(*entry)) == setting);
+            Ok(entry.map(|entry| text(sys::rd_kafka_ConfigEntry_value(entry))).unwrap_or_default())
+        };
+        Ok((0..count)
+            .map(|i| *resources.add(i))
+            .map(|resource| (text(sys::rd_kafka_ConfigResource_name(resource)), value(resource)))
+            .collect())
+    }
 }
 
 /// What the offsets were set to in an [`Offset`] list; used by the group report.

@@ -168,6 +168,21 @@ impl KafkaSource {
         }
     }
 
+    /// Why records within a topic's offsets may be missing: compaction removes those that a later one of the same key replaces.
+    pub fn compaction(&self) -> Result<Option<String>, Error> {
+        let settings = admin::topic_setting(&self.planner, &self.topics, "cleanup.policy", PLANNING_TIMEOUT)
+            .map_err(|failure| self.error("describing settings of topics", failure))?;
+        Ok(settings.into_iter().find_map(|(topic, policy)| match policy {
+            Ok(policy) if !policy.contains("compact") => None,
+            Ok(policy) => {
+                Some(format!("topic {topic} is compacted (cleanup.policy = {policy}): records may be gone from it"))
+            }
+            Err(error) => Some(format!(
+                "whether topic {topic} is compacted cannot be asked ({error}; the permission to ask is DescribeConfigs)"
+            )),
+        }))
+    }
+
     fn error(&self, action: &str, failure: Failure) -> Error {
         let brokers = &self.brokers;
         match failure {
