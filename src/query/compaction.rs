@@ -31,7 +31,7 @@ struct Running {
     started: Instant,
     in_use: Vec<String>,
     /// Ends it when the session ends.
-    _cancel: CancelOnDrop,
+    cancel: CancelOnDrop,
 }
 
 impl Background {
@@ -58,7 +58,8 @@ impl Background {
         if !too_many && !self.running.as_ref().is_some_and(|r| r.task.is_finished()) {
             return Ok(None);
         }
-        let Some(Running { task, started, .. }) = self.running.take() else { return Ok(None) };
+        // Dropped with the guard, it would be cancelled instead of waited for.
+        let Some(Running { task, started, cancel: _cancel, .. }) = self.running.take() else { return Ok(None) };
         match task.await {
             Ok(Ok(compacted)) => {
                 if let Some(compacted) = &compacted {
@@ -95,7 +96,7 @@ impl Background {
             in_use: Compaction::in_use(&compaction),
             task: tokio::task::spawn_blocking(move || compaction.run()),
             started: Instant::now(),
-            _cancel: CancelOnDrop(cancelled),
+            cancel: CancelOnDrop(cancelled),
         });
     }
 
@@ -111,5 +112,59 @@ pub(super) fn adopt(store: &mut StateStore, compacted: Compacted) -> Result<(), 
     match failpoint::hit("state.adopted") {
         true => Err(Error::Internal("failpoint state.adopted".into())),
         false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use object_store::memory::InMemory;
+    use object_store::path::Path;
+    use tokio::runtime::Runtime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::checkpoint::{Checkpoint, StateKind};
+    use crate::state::tests::{MINUTE, NEVER, batch, config, lane, queries};
+    use crate::state::{Numbers, Reader};
+    use crate::storage::Location;
+
+    #[test]
+    fn a_batch_waits_where_too_many_deltas_have_piled_up_in_a_job_sooner() {
+        let runtime = Runtime::new().unwrap();
+        let location =
+            Location { store: Arc::new(InMemory::new()), prefix: Path::from("ck"), url: "memory:///ck".into() };
+        let checkpoint = Arc::new(runtime.block_on(Checkpoint::open(location, "p")).unwrap());
+        let reader = Reader::new(checkpoint.clone(), runtime.handle().clone(), Numbers::default());
+        let queries = queries(&[config(MINUTE as u64, &["device"], &[("events", "count(*)")])]);
+        let mut store = StateStore::recover(queries.clone(), reader, &[], NEVER, u64::MAX / 8, 1).unwrap();
+        let mut number = 0;
+        let mut pile_up = |store: &mut StateStore, deltas: usize| {
+            while store.deltas() < deltas {
+                let rows = batch(&[(Some(number * MINUTE), Some("a"), None, None)]);
+                let mut delta = store.merge_lanes(vec![lane(&queries, &[rows], NEVER)], NEVER, 1).unwrap();
+                let (bytes, crc32, end) = (std::mem::take(&mut delta.bytes), delta.crc32(), delta.max_window_end_us);
+                let put = checkpoint.put_state(number as u64, Uuid::new_v4(), StateKind::Delta, bytes, crc32, end);
+                store.add(runtime.block_on(put).unwrap(), &delta);
+                number += 1;
+            }
+        };
+        for (trigger, too_many, runs) in
+            [(Trigger::AvailableNow, 64, 0), (Trigger::ProcessingTime(Duration::from_secs(1)), 256, 1)]
+        {
+            let mut background = Background::new(trigger);
+            let mut before_batch = |store: &mut StateStore| {
+                runtime.block_on(background.before_batch(store, Some((1_000, NEVER)))).unwrap()
+            };
+            pile_up(&mut store, too_many - 1);
+            assert!(before_batch(&mut store).is_none());
+            pile_up(&mut store, too_many);
+            let compacted = before_batch(&mut store).expect("it was waited for");
+            assert_eq!(compacted.files(), (too_many + runs, 1));
+            adopt(&mut store, compacted).unwrap();
+            assert_eq!(store.deltas(), 0);
+        }
+        assert_eq!(store.stats().queries[0].open_windows, 64 + 256);
     }
 }

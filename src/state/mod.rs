@@ -32,7 +32,7 @@ mod stored;
 mod stored_tests;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 #[cfg(test)]
 mod tests_aggregates;
 #[cfg(test)]

@@ -15,11 +15,11 @@ use super::{ClosedWindow, Delta, Error, Groups, Lane, StateStore, Window, Window
 use crate::config::{OutputMode, TableConfig, WindowConfig};
 use crate::window::Windowing;
 
-pub(super) const MINUTE: i64 = 60_000_000;
-pub(super) const NEVER: i64 = i64::MIN / 1000;
+pub(crate) const MINUTE: i64 = 60_000_000;
+pub(crate) const NEVER: i64 = i64::MIN / 1000;
 const END: i64 = i64::MAX / 1000 + 1;
 
-pub(super) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)]) -> WindowConfig {
+pub(crate) fn config(size_us: u64, group_by: &[&str], aggregates: &[(&str, &str)]) -> WindowConfig {
     WindowConfig {
         of: 0,
         table: TableConfig {
@@ -48,9 +48,9 @@ pub(super) fn schema() -> SchemaRef {
     ]))
 }
 
-pub(super) type Row<'a> = (Option<i64>, Option<&'a str>, Option<f64>, Option<i64>);
+pub(crate) type Row<'a> = (Option<i64>, Option<&'a str>, Option<f64>, Option<i64>);
 
-pub(super) fn batch(rows: &[Row]) -> RecordBatch {
+pub(crate) fn batch(rows: &[Row]) -> RecordBatch {
     let t = TimestampMicrosecondArray::from_iter(rows.iter().map(|r| r.0)).with_timezone("+00:00");
     let columns: Vec<ArrayRef> = vec![
         Arc::new(t),
@@ -62,7 +62,7 @@ pub(super) fn batch(rows: &[Row]) -> RecordBatch {
     RecordBatch::try_new(schema(), columns).unwrap()
 }
 
-pub(super) fn queries(configs: &[WindowConfig]) -> Arc<[WindowQuery]> {
+pub(crate) fn queries(configs: &[WindowConfig]) -> Arc<[WindowQuery]> {
     configs.iter().map(|c| WindowQuery::compile(c, &schema(), "t").unwrap()).collect()
 }
 
@@ -78,7 +78,7 @@ pub(super) const ALL: [(&str, &str); 9] = [
     ("max_d", "max(device)"),
 ];
 
-pub(super) fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
+pub(crate) fn lane(queries: &Arc<[WindowQuery]>, batches: &[RecordBatch], late_ms: i64) -> Lane {
     let mut lane = Lane::new(queries.clone(), (0..queries.len()).collect(), 0, late_ms);
     for batch in batches {
         lane.update(batch).unwrap();

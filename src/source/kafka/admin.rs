@@ -175,13 +175,19 @@ pub fn list_offsets<const N: usize>(
     Ok(answers)
 }
 
-/// A setting of every topic, or why it is not told.
+/// What a setting of a topic is, or why that is not told.
+pub struct Setting {
+    pub topic: String,
+    pub value: Result<String, Code>,
+}
+
+/// One setting, of every topic.
 pub fn topic_setting(
     client: &Client,
     topics: &[String],
     setting: &str,
     timeout: Duration,
-) -> Result<Vec<(String, Result<String, Code>)>, Failure> {
+) -> Result<Vec<Setting>, Failure> {
     let names: Vec<CString> = topics.iter().filter_map(|name| CString::new(name.as_str()).ok()).collect();
     let op = sys::rd_kafka_admin_op_t::RD_KAFKA_ADMIN_OP_DESCRIBECONFIGS;
     let call = Call::start(client, op, None, timeout, |client, options, queue| {
@@ -213,7 +219,10 @@ pub fn topic_setting(
         };
         Ok((0..count)
             .map(|i| *resources.add(i))
-            .map(|resource| (text(sys::rd_kafka_ConfigResource_name(resource)), value(resource)))
+            .map(|resource| Setting {
+                topic: text(sys::rd_kafka_ConfigResource_name(resource)),
+                value: value(resource),
+            })
             .collect())
     }
 }

@@ -172,7 +172,7 @@ impl KafkaSource {
     pub fn compaction(&self) -> Result<Option<String>, Error> {
         let settings = admin::topic_setting(&self.planner, &self.topics, "cleanup.policy", PLANNING_TIMEOUT)
             .map_err(|failure| self.error("describing settings of topics", failure))?;
-        Ok(settings.into_iter().find_map(|(topic, policy)| match policy {
+        Ok(settings.into_iter().find_map(|admin::Setting { topic, value }| match value {
             Ok(policy) if !policy.contains("compact") => None,
             Ok(policy) => {
                 Some(format!("topic {topic} is compacted (cleanup.policy = {policy}): records may be gone from it"))
