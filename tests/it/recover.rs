@@ -103,6 +103,29 @@ fn lost_between_two_tables_of_a_batch() {
     }
 }
 
+/// The batch that all the others have brings the table of rows a column.
+#[test]
+fn lost_before_the_rows_have_their_new_column() {
+    let _turn = turn();
+    let mut pipeline = pipeline();
+    pipeline.run_failing("plan.after_put:kill:3").expect_killed();
+    let file = pipeline.dir().join("schema.json");
+    let schema = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/schemas/telemetry.json")).unwrap();
+    let mut schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
+    schema["properties"]["firmware"] = json!({"type": ["string", "null"]});
+    fs::write(&file, schema.to_string()).unwrap();
+    pipeline.set("schema.file", file.to_str().unwrap());
+    let before = pointer(&pipeline, ROWS);
+    pipeline.run_failing("commit.committed:kill:1").expect_killed();
+    assert_ne!(pointer(&pipeline, ROWS), before);
+    set_pointer(&pipeline, ROWS, &before);
+    lose_checkpoint(&pipeline);
+    recover(&pipeline).expect_code(0).expect_output(&["begun: batch 2", "rows of telemetry.events"]);
+    pipeline.run();
+    everything(&pipeline, Broker::shared(), &telemetry());
+    assert!(pipeline.tables().table(ROWS).columns.iter().any(|(name, ..)| name == "firmware"));
+}
+
 fn pointer(pipeline: &Pipeline, table: &str) -> String {
     let (namespace, name) = table.split_once('.').unwrap();
     let sql = "select metadata_location from iceberg_tables where table_namespace = ?1 and table_name = ?2";

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{AsArray, BooleanArray, RecordBatch};
+use arrow::array::{AsArray, BooleanArray, RecordBatch, new_null_array};
 use arrow::compute::{cast, filter_record_batch};
 use arrow::datatypes::{DataType, Int32Type, Int64Type, Schema, SchemaRef};
 use futures::TryStreamExt;
@@ -36,7 +36,12 @@ impl Reopening<'_> {
         let kept = Kept { ends: self.logged.plan.ends(), refused_once };
         let evict_ms = self.logged.plan.watermarks.evict();
         let columns = columns_of(of);
-        let names: Vec<&str> = columns.fields().iter().map(|f| f.name().as_str()).chain(PLACE).collect();
+        if of.event_time.is_some_and(|time| !table.has_column(columns.field(time).name())) {
+            return Ok(0);
+        }
+        // A column that only a later batch brings into the table is null in all rows that it has.
+        let names = columns.fields().iter().map(|f| f.name().as_str()).filter(|name| table.has_column(name));
+        let names: Vec<&str> = names.chain(PLACE).collect();
         let mut scan = table.scan(&names, not_before(self.pipeline, of, &columns, evict_ms), SCAN_ROWS).await?;
         let event_time = of.event_time.unwrap_or_default();
         let empty = || Lane::new(self.pipeline.queries.clone(), active.clone(), event_time, evict_ms);
@@ -110,7 +115,9 @@ impl Kept<'_> {
             }));
         }
         let arrays = columns.fields().iter().map(|field| {
-            let found = column(field.name())?;
+            let Some(found) = batch.column_by_name(field.name()) else {
+                return Ok(new_null_array(field.data_type(), batch.num_rows()));
+            };
             cast(found, field.data_type()).map_err(|e| strange(&format!("column {}: {e}", field.name())))
         });
         let rows = RecordBatch::try_new(columns.clone(), arrays.collect::<Result<_, _>>()?);
