@@ -11,7 +11,6 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -248,8 +247,8 @@ pub fn artifact(coordinates: &str, file: &str) -> PathBuf {
 }
 
 fn fetched(dir: &Path, fetch: impl FnOnce(&Path) -> Command) {
-    static LOCK: OnceLock<File> = OnceLock::new();
-    let lock = LOCK.get_or_init(|| File::create(home().join("lock")).expect("lock file"));
+    // Opened anew each time: threads that share an open file share its lock.
+    let lock = File::create(home().join("lock")).expect("lock file");
     lock.lock().expect("lock target/test-catalogs");
     if !dir.is_dir() {
         eprintln!("fetching {} (once)", dir.display());
