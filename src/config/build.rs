@@ -7,6 +7,7 @@ use arrow::datatypes::DataType;
 
 use super::read::Reader;
 use super::*;
+use crate::execute::PROVENANCE;
 use crate::late;
 use crate::retry::{Deadlines, Strategy};
 use crate::state::REVISION;
@@ -580,8 +581,6 @@ fn execution(r: &mut Reader<'_>) -> ExecutionConfig {
     let shutdown_timeout = r.duration("execution.shutdown_timeout").unwrap_or_default();
     ExecutionConfig { workers, buffer_bytes, shutdown_timeout }
 }
-
-const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
 
 /// Columns are named where they exist and not twice.
 fn check_columns(r: &mut Reader<'_>, config: &Config) {

@@ -44,7 +44,7 @@ use crate::state::{Lane, StateStore};
 pub use admit::{Admitted, admit};
 use emit::Emit;
 use ordered_lane::OrderedLane;
-pub use rows::{rows_schema, with_provenance};
+pub use rows::{PROVENANCE, rows_schema, with_provenance};
 
 /// What step 3 hands to the steps after it.
 pub struct Executed {

@@ -9,12 +9,15 @@ use crate::error::Error;
 use crate::source::Chunk;
 
 /// The columns that let anyone prove with one query that nothing is missing or doubled.
+pub const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
+
 fn provenance_fields() -> Vec<Field> {
+    let [topic, partition, offset, timestamp] = PROVENANCE;
     vec![
-        Field::new("_kafka_topic", DataType::Utf8, false),
-        Field::new("_kafka_partition", DataType::Int32, false),
-        Field::new("_kafka_offset", DataType::Int64, false),
-        Field::new("_kafka_timestamp", DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())), true),
+        Field::new(topic, DataType::Utf8, false),
+        Field::new(partition, DataType::Int32, false),
+        Field::new(offset, DataType::Int64, false),
+        Field::new(timestamp, DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())), true),
     ]
 }
 

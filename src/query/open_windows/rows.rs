@@ -11,6 +11,7 @@ use super::{Deltas, Reopening};
 use crate::batch::{Offsets, TopicPartition};
 use crate::dead_letter::retry::{PLACE, Places};
 use crate::error::Error;
+use crate::execute::PROVENANCE;
 use crate::pipeline::{MessageType, Pipeline};
 use crate::query::blocking;
 use crate::query::rebuild::refused;
@@ -19,8 +20,6 @@ use crate::state::Lane;
 
 /// Days of a time zone may be longer than their size says.
 const SLACK_US: i64 = 24 * 3_600_000_000;
-/// Columns of a rows table that no window reads.
-const PROVENANCE: [&str; 4] = ["_kafka_topic", "_kafka_partition", "_kafka_offset", "_kafka_timestamp"];
 const SCAN_ROWS: usize = 64 * 1024;
 
 impl Reopening<'_> {
@@ -63,7 +62,7 @@ impl Reopening<'_> {
     }
 }
 
-/// The columns that reach the windows.
+/// The columns that reach the windows: those that say where a row came from do not.
 fn columns_of(of: &MessageType) -> SchemaRef {
     let columns = of.rows_schema.fields().iter().filter(|f| !PROVENANCE.contains(&f.name().as_str()));
     Schema::new(columns.cloned().collect::<Vec<_>>()).into()
